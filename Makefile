@@ -1,0 +1,45 @@
+# Every target does its own set-up: a virtual environment in .venv and an ordinary install.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.installed
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: help install quickstart test test-slow check format clean
+
+help:
+	@echo "make quickstart  train and look at a small BEiT-3 on real pictures (ten minutes on two CPU cores)"
+	@echo "make test        the test suite"
+	@echo "make test-slow   the tests marked slow"
+	@echo "make check       format, lint and strict types over library, recipes, tests, examples, benchmarks"
+	@echo "make format      let ruff rewrite what 'make check' would complain about"
+
+$(READY): pyproject.toml setup.py
+	@echo "installing into $(VENV) (PyTorch and its companions take a few minutes)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) --upgrade pip setuptools
+	@$(PIP) --editable '.[quickstart,dev]' --config-settings editable_mode=compat
+	@touch $@
+
+install: $(READY)
+
+quickstart: $(READY)
+	$(BIN)/beit3 quickstart --resume
+
+test: $(READY)
+	$(BIN)/python -m pytest -m "not slow and not gpu" tests
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -m slow tests
+
+check: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

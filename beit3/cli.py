@@ -1,0 +1,147 @@
+"""The command `beit3`: one verb, its arguments, one clear line when something is wrong.
+
+Exit codes: 0 done, 1 error, 2 usage or configuration, 3 data missing, 4 diverged, 75 stopped with its state saved.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from beit3.config import Run, nearest
+from beit3.errors import BeitError, ConfigError
+
+Arguments = Sequence[str]
+
+
+def main() -> None:
+    """Entry point: run a verb and exit with its code."""
+    sys.exit(run_command(sys.argv[1:]))
+
+
+def run_command(arguments: Arguments) -> int:
+    """Run a verb and return the exit code; errors of the package become one line on stderr."""
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_help())
+        return 0
+    verb, rest = arguments[0], arguments[1:]
+    try:
+        if verb not in VERBS:
+            raise ConfigError(f"unknown command '{verb}'; {nearest(verb, VERBS)}")
+        VERBS[verb](rest)
+    except BeitError as error:
+        if debug:
+            traceback.print_exc()
+        print(f"beit3: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("beit3: interrupted", file=sys.stderr)
+        return 130
+    except SystemExit as stop:  # tyro has printed usage or help
+        return stop.code if isinstance(stop.code, int) else 2
+    return 0
+
+
+def _train(arguments: Arguments) -> None:
+    """Train a recipe: beit3 train FILE[:variant] [--field value ...]."""
+    from beit3.pretrain.text_tokenizer import train_from_corpora
+    from beit3.recipes import list_recipes, load_recipe
+    from beit3.train.loop import fit
+
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: beit3 train FILE[:variant] [--field value ...]\n\nrecipes:")
+        print("\n".join(f"  recipe:{name}" for name in list_recipes()))
+        print("\nbeit3 train FILE --help lists the fields.")
+        return
+    if arguments[0].startswith("-"):
+        raise ConfigError(f"beit3 train needs a recipe before '{arguments[0]}': beit3 train FILE[:variant] ...")
+    default = load_recipe(arguments[0])
+    run = tyro.cli(
+        type(default),
+        default=default,
+        args=list(arguments[1:]),
+        prog=f"beit3 train {arguments[0]}",
+    )
+    if isinstance(run, Run):
+        fit(run)
+    else:
+        tokenizer = train_from_corpora(run)
+        print(f"{run.folder}: text tokenizer with {len(tokenizer):,} ids")
+
+
+def _prepare(arguments: Arguments) -> None:
+    """Make and index shards: beit3 prepare pairs|images|text SOURCE ... --out FOLDER."""
+    from beit3.data.emoji import write_emoji
+    from beit3.data.prepare import prepare_images, prepare_pairs, prepare_text
+
+    def prepare(
+        kind: tyro.conf.Positional[Literal["pairs", "images", "text", "emoji"]],
+        sources: tyro.conf.Positional[tuple[Path, ...]] = (),
+        *,
+        out: Path,
+        where: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FIELD=VALUE")] = (),
+        skip_captions: Path | None = None,
+        max_per_shard: int = 5000,
+        overwrite: bool = False,
+    ) -> None:
+        """Make and index shards; say what was left out and why.
+
+        Args:
+            kind: what the samples are; `emoji` writes the embedded corpus and takes no sources.
+            sources: tars in img2dataset's layout (also .tar.gz), folders of pictures, or .txt and .jsonl files.
+            out: folder to write; must not exist.
+            where: keep samples whose json field has this value.
+            skip_captions: file of captions, one a line, whose samples are left out.
+            max_per_shard: samples of one tar.
+            overwrite: replace an existing folder.
+        """
+        fields = dict(_field(item) for item in where)
+        if kind == "emoji":
+            report = write_emoji(out, overwrite=overwrite)
+        elif kind == "text":
+            report = prepare_text(sources, out, overwrite=overwrite)
+        elif kind == "images":
+            report = prepare_images(sources, out, where=fields, max_per_shard=max_per_shard, overwrite=overwrite)
+        else:
+            report = prepare_pairs(
+                sources,
+                out,
+                where=fields,
+                max_per_shard=max_per_shard,
+                skip_captions=skip_captions,
+                overwrite=overwrite,
+            )
+        print("\n".join(report.lines()))
+
+    tyro.cli(prepare, args=list(arguments), prog="beit3 prepare")
+
+
+def _quickstart(arguments: Arguments) -> None:
+    """Train tokenizers and a small BEiT-3 on real pictures, and look at what it learned."""
+    from beit3.quickstart import quickstart
+
+    tyro.cli(quickstart, args=list(arguments), prog="beit3 quickstart")
+
+
+def _field(item: str) -> tuple[str, str]:
+    name, sign, value = item.partition("=")
+    if not sign:
+        raise ConfigError(f"--where takes FIELD=VALUE, not '{item}'")
+    return name, value
+
+
+VERBS: dict[str, Callable[[Arguments], None]] = {"quickstart": _quickstart, "train": _train, "prepare": _prepare}
+
+
+def _help() -> str:
+    lines = ["usage: beit3 VERB [arguments]", ""]
+    for verb, function in VERBS.items():
+        lines.append(f"  {verb:<12}{(function.__doc__ or '').splitlines()[0]}")
+    return "\n".join([*lines, "", "beit3 VERB --help says more; --debug adds the traceback to errors."])

@@ -1,0 +1,222 @@
+"""A run is one typed value.
+
+Recipes build a `Run`; the command line overrides its fields (`--optim.lr 1e-3`); `beit3.train.loop.fit` executes it.
+Unknown names and contradictions fail when a value is built, and the error names the nearest valid one.
+This module imports nothing of the package but its errors: everything else stands on it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, dataclass_transform
+
+from beit3.errors import ConfigError
+
+if TYPE_CHECKING:
+    from beit3.train.task import Task
+
+T = TypeVar("T")
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """Say which valid name is nearest to a wrong one, as the tail of an error line."""
+    names = sorted(valid)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"did you mean '{close[0]}'?" if close else f"valid names: {', '.join(names)}"
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True)
+def config(cls: type[T]) -> type[T]:
+    """Make a frozen, keyword-only, slotted dataclass that answers a wrong field name with the nearest valid one."""
+    made = dataclasses.dataclass(frozen=True, kw_only=True, slots=True)(cls)
+    build: Any = made.__init__
+    fields = [field for field in dataclasses.fields(made) if field.init]  # type: ignore[arg-type]
+    names = {field.name for field in fields}
+    required = {
+        field.name
+        for field in fields
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    }
+
+    @functools.wraps(build)
+    def checked_init(self: Any, *args: Any, **values: Any) -> None:
+        if args:
+            raise ConfigError(f"{cls.__name__} takes fields by name only")
+        for name in values:
+            if name not in names:
+                raise ConfigError(f"{cls.__name__} has no field '{name}'; {nearest(name, names)}")
+        missing = required - values.keys()
+        if missing:
+            raise ConfigError(f"{cls.__name__} needs the field '{min(missing)}'")
+        build(self, **values)
+
+    setattr(made, "__init__", checked_init)  # noqa: B010 - a plain assignment is refused by type checkers
+    return made
+
+
+def replace(value: T, **changes: Any) -> T:
+    """Copy a configuration value with some fields changed; a dotted name reaches into nested values.
+
+    Example: `replace(run, name="debug", **{"optim.lr": 1e-3})`.
+    """
+    nested: dict[str, dict[str, Any]] = {}
+    flat: dict[str, Any] = {}
+    for name, change in changes.items():
+        head, _, tail = name.partition(".")
+        if tail:
+            nested.setdefault(head, {})[tail] = change
+        else:
+            flat[head] = change
+    names = {field.name for field in dataclasses.fields(value)}  # type: ignore[arg-type]
+    for name in (*nested, *flat):
+        if name not in names:
+            raise ConfigError(f"{type(value).__name__} has no field '{name}'; {nearest(name, names)}")
+    for name, inner in nested.items():
+        flat[name] = replace(flat.get(name, getattr(value, name)), **inner)
+    return dataclasses.replace(value, **flat)  # type: ignore[type-var]
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise `ConfigError(message)` unless the condition holds; for `__post_init__`."""
+    if not condition:
+        raise ConfigError(message)
+
+
+def to_plain(value: Any) -> Any:
+    """Turn a configuration value into JSON-able data; nested dataclasses keep their class name under `type`."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {"type": type(value).__name__, **fields}
+    if isinstance(value, Mapping):
+        return {str(key): to_plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def differences(left: Any, right: Any, where: str = "") -> list[str]:
+    """List the dotted names whose values differ between two results of `to_plain`."""
+    if isinstance(left, dict) and isinstance(right, dict):
+        found: list[str] = []
+        for name in sorted(left.keys() | right.keys()):
+            found += differences(left.get(name), right.get(name), f"{where}.{name}" if where else name)
+        return found
+    return [] if left == right else [where]
+
+
+@config
+class TaskConfig(ABC):
+    """What is trained: model, objective and data streams. Each objective defines its own subclass beside its Task."""
+
+    @abstractmethod
+    def build(self, run: Run) -> Task[Any]:
+        """Build the Task with random or given weights on the CPU."""
+
+
+@config
+class OptimConfig:
+    """Optimizer and schedule. Built by timm (`timm.optim.create_optimizer_v2`, `timm.scheduler.CosineLRScheduler`)."""
+
+    name: str = "adamw"
+    """Any name of timm's optimizer factory."""
+    lr: float = 1e-3
+    """Peak learning rate, reached after warm-up."""
+    min_lr: float = 1e-5
+    """Learning rate at the last step."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up from zero."""
+    weight_decay: float = 0.05
+    """Decoupled weight decay; biases, norms and the Task's `no_weight_decay` names are exempt."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-6
+    clip_grad: float | None = 3.0
+    """Largest global gradient norm; None clips nothing."""
+    layer_decay: float | None = None
+    """Each earlier layer's learning rate is this factor smaller; None or 1.0: all equal."""
+    ema_decay: float | None = None
+    """Decay of an exponential moving average of the weights, which is then what is evaluated and exported."""
+
+    def __post_init__(self) -> None:
+        require(self.lr > 0, f"optim.lr must be above 0, not {self.lr}")
+        require(0 <= self.min_lr <= self.lr, f"optim.min_lr must lie in 0..lr ({self.lr}), not {self.min_lr}")
+        require(self.warmup_steps >= 0, f"optim.warmup_steps must not be negative, not {self.warmup_steps}")
+        require(
+            self.layer_decay is None or 0 < self.layer_decay <= 1,
+            f"optim.layer_decay must lie in 0..1, not {self.layer_decay}",
+        )
+        require(
+            self.ema_decay is None or 0 < self.ema_decay < 1, f"optim.ema_decay must lie in 0..1, not {self.ema_decay}"
+        )
+
+
+@config
+class LoopConfig:
+    """How long to train, how often to log, evaluate and save."""
+
+    steps: int = 1000
+    """Optimizer steps of the whole run."""
+    max_seconds: float | None = None
+    """Stop (with the schedule brought to its end) after this much training time; None: only `steps` ends the run."""
+    accumulate: int = 1
+    """Batches whose gradients are averaged into one optimizer step."""
+    log_every: int = 10
+    """Steps between two log records."""
+    eval_every: int = 0
+    """Steps between two evaluations; 0: only after the last step."""
+    save_every: int = 500
+    """Steps between two checkpoints; the last step is always saved."""
+    keep: int = 2
+    """Number of newest checkpoints kept."""
+    num_workers: int = 0
+    """Data processes per rank and stream; 0 loads in the training process."""
+    compile: bool = False
+    """Compile the model's blocks with `torch.compile`."""
+    max_bad_steps: int = 5
+    """Steps in a row with a NaN or infinite loss or gradient (each is skipped) before the run ends as diverged."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "accumulate", "log_every", "save_every", "keep", "max_bad_steps"):
+            require(getattr(self, name) >= 1, f"loop.{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("eval_every", "num_workers"):
+            require(getattr(self, name) >= 0, f"loop.{name} must not be negative, not {getattr(self, name)}")
+
+
+@config
+class Run:
+    """One training run: everything that decides its result."""
+
+    name: str
+    """The run's folder is `out/name`."""
+    task: TaskConfig
+    data: Path = Path("data")
+    """Folder of prepared data; the paths of the Task's streams are relative to it."""
+    out: Path = Path("runs")
+    seed: int = 0
+    device: str = "auto"
+    """`auto` takes CUDA, then MPS, then the CPU."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Compute type of matrix products; weights stay fp32. `auto` measures which is faster on this device."""
+    resume: bool = False
+    """Continue from the newest valid checkpoint of the run's folder."""
+    overwrite: bool = False
+    """Delete an earlier run of the same name first."""
+    optim: OptimConfig = OptimConfig()
+    loop: LoopConfig = LoopConfig()
+
+    def __post_init__(self) -> None:
+        require(bool(self.name) and "/" not in self.name, f"name must be a plain folder name, not '{self.name}'")
+        require(not (self.resume and self.overwrite), "resume and overwrite exclude each other: choose one")
+        require(
+            self.optim.warmup_steps <= self.loop.steps,
+            f"optim.warmup_steps ({self.optim.warmup_steps}) is longer than the run (loop.steps {self.loop.steps})",
+        )
+
+    @property
+    def folder(self) -> Path:
+        """Where logs, checkpoints and the exported model of this run lie."""
+        return self.out / self.name

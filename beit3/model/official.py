@@ -1,0 +1,331 @@
+"""The released BEiT-3 files: read them, and translate their layout to ours and back.
+
+Shapes: D width, F feed-forward width, P patch side, N patches, V vocabulary, K codebook size.
+
+Every key of a file has exactly one place here. A missing, unknown or wrongly shaped one is an error, because a file
+that is loaded half leaves a model half random. Official names: `A` is vision, `B` is text; `final_layer_norm` is the
+norm before the feed-forward network; the norm after the last block is `encoder.layer_norm`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import re
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from beit3.errors import ConfigError, DataMissingError
+from beit3.model.presets import POSITION_OFFSET, ModelConfig, native_head_width
+
+_BACKBONE = ("text_embed.", "vision_embed.", "encoder.")
+_MODALITIES = {"A": "vision", "B": "text"}
+_HEADS: dict[str, tuple[str, ...]] = {
+    "pretraining": ("mlm_head.weight", "mlm_head.bias", "mim_head.weight", "mim_head.bias"),
+    "retrieval": ("vision_head.weight", "language_head.weight", "logit_scale"),
+}
+
+
+class Converted(NamedTuple):
+    """An official file in our layout."""
+
+    config: ModelConfig
+    state: dict[str, Tensor]
+    """Loads strictly into `build_model(config, task, **head_options)`."""
+    task: str | None
+    """None (a backbone alone), "pretraining" or "retrieval"."""
+    head_options: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """One of our tensors and the official ones that it joins along its first dimension."""
+
+    ours: str
+    shape: tuple[int, ...]
+    official: tuple[str, ...]
+    part_shape: tuple[int, ...]
+
+
+def read_official(path: str | Path) -> dict[str, Tensor]:
+    """Read the tensors of a released file without running anything in it.
+
+    Args:
+        path: a `.pth` file, or the same file under the name `.zip` that some browsers give it.
+
+    Returns:
+        Weights under their official names, on the CPU, mapped from disk where the file's format allows.
+
+    Raises:
+        DataMissingError: no such file.
+        ConfigError: a folder, a file that is no checkpoint, or one that holds more than weights and plain options.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ConfigError(_explain_folder(path))
+    if not path.is_file():
+        raise DataMissingError(f"{path} does not exist: give the path of a downloaded .pth file")
+    try:
+        # The released files keep their training options in a Namespace, which is plain data.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # damaged bytes raise nearly anything
+        reason = str(error).strip().partition("\n")[0][:160]
+        raise ConfigError(f"{path} is no checkpoint of tensors alone, so it is not read: {reason}") from error
+    if not isinstance(content, Mapping):
+        raise ConfigError(f"{path} holds a {type(content).__name__}, not named weights")
+    return _unwrap(content)
+
+
+def to_ours(
+    state: Mapping[str, object],
+    *,
+    heads: bool = True,
+    num_heads: int | None = None,
+    image_size: tuple[int, int] | None = None,
+) -> Converted:
+    """Translate official weights into ours.
+
+    Args:
+        state: official names to tensors; wrappers (`model`, `module`) and prefixes (`beit3.`, `module.`,
+            `_orig_mod.`) may be there or not.
+        heads: False ignores everything that is not the backbone.
+        num_heads: H, which files do not store; None takes the catalogue's head width for this width, 64 for others.
+        image_size: height and width in pixels that the position table was made for; None takes a square.
+
+    Returns:
+        A decoupled configuration, our state dict (shares memory with `state` where nothing was joined), the task its
+        heads belong to, and that task's options.
+
+    Raises:
+        ConfigError: missing, unknown or wrongly shaped tensors; the message lists them.
+    """
+    found = _normalise(_unwrap(state))
+    backbone = {key: value for key, value in found.items() if key.startswith(_BACKBONE)}
+    extra = {key: value for key, value in found.items() if key not in backbone} if heads else {}
+    config = _infer_config(backbone, num_heads, image_size)
+    task, head_options = _infer_task(extra)
+    prefix = "" if task is None else "backbone."
+    entries = list(_backbone_entries(config, prefix)) + _head_entries(config, task, head_options)
+    _check("official", {**backbone, **extra}, {key: e.part_shape for e in entries for key in e.official})
+    ours: dict[str, Tensor] = {}
+    for entry in entries:
+        parts = [found[key] for key in entry.official]
+        ours[entry.ours] = (parts[0] if len(parts) == 1 else torch.stack(parts)).reshape(entry.shape)
+    return Converted(config, ours, task, head_options)
+
+
+def to_official(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Translate our weights into the official layout.
+
+    Args:
+        config: the model's configuration; a shared self-attention is written twice, once for each modality.
+        state: state dict of a backbone, a pretraining or a retrieval model.
+
+    Returns:
+        Official names (with `beit3.` before the backbone's) to copies of the tensors.
+
+    Raises:
+        ConfigError: the model has fusion experts, for which the official layout has no place, or `state` is not
+            the state dict of such a model.
+    """
+    if config.fusion_layers:
+        raise ConfigError(
+            f"a model with fusion experts (model.fusion_layers={config.fusion_layers}) has no official layout: "
+            "the released architecture holds a vision and a text expert only"
+        )
+    prefix = "backbone." if any(key.startswith("backbone.") for key in state) else ""
+    heads = {key: value for key, value in state.items() if not key.startswith(prefix)} if prefix else {}
+    task, head_options = _infer_task(heads)
+    entries = list(_backbone_entries(config, prefix)) + _head_entries(config, task, head_options)
+    _check("given", state, {entry.ours: entry.shape for entry in entries})
+    official: dict[str, Tensor] = {}
+    for entry in entries:
+        parts = state[entry.ours].detach().reshape(len(entry.official), *entry.part_shape)
+        for key, part in zip(entry.official, parts, strict=True):
+            official[f"beit3.{key}" if key.startswith(_BACKBONE) else key] = part.clone()
+    return official
+
+
+def _backbone_entries(config: ModelConfig, prefix: str) -> Iterator[_Entry]:
+    """Where each tensor of the backbone stands in both layouts."""
+    width, side = config.width, config.patch_size
+
+    def same(ours: str, official: str, *shape: int) -> _Entry:
+        return _Entry(prefix + ours, shape, (official,), shape)
+
+    yield same("text_embedding.words.weight", "text_embed.weight", config.vocab_size, width)
+    for token in ("mask_token", "cls_token"):
+        yield _Entry(f"{prefix}vision_embedding.{token}", (width,), (f"vision_embed.{token}",), (1, 1, width))
+    yield _Entry(
+        f"{prefix}vision_embedding.patch.weight",
+        (width, 3 * side * side),
+        ("vision_embed.proj.weight",),
+        (width, 3, side, side),
+    )
+    yield same("vision_embedding.patch.bias", "vision_embed.proj.bias", width)
+    rows = config.num_patches + 1 + POSITION_OFFSET
+    yield same("vision_embedding.positions", "encoder.embed_positions.A.weight", rows, width)
+    yield same("text_embedding.positions", "encoder.embed_positions.B.weight", config.max_text_positions, width)
+    for index, letter in itertools.product(range(config.num_layers), _MODALITIES):
+        yield from _block_entries(config, prefix, index, letter)
+    if config.final_norm:
+        for (letter, name), part in itertools.product(_MODALITIES.items(), ("weight", "bias")):
+            yield same(f"norm.{name}.{part}", f"encoder.layer_norm.{letter}.{part}", width)
+
+
+def _block_entries(config: ModelConfig, prefix: str, index: int, letter: str) -> Iterator[_Entry]:
+    """One modality's tensors of one layer."""
+    width, hidden = config.width, config.ffn_width
+    expert = _MODALITIES[letter]
+    style = expert if config.attention == "decoupled" else "shared"
+    ours, layer = f"{prefix}blocks.{index}", f"encoder.layers.{index}"
+    first, last, ffn = f"{ours}.attention_in.{style}", f"{ours}.attention_out.{style}", f"{ours}.ffn.{expert}"
+    for part in ("weight", "bias"):
+        square = (width, width) if part == "weight" else (width,)
+        joined = tuple(f"{layer}.self_attn.{name}_proj.{letter}.{part}" for name in "qkv")
+        yield _Entry(f"{first}.qkv.{part}", (3 * width, *square[1:]), joined, square)
+        up = (hidden, width) if part == "weight" else (hidden,)
+        down = (width, hidden) if part == "weight" else (width,)
+        for name, key, shape in (
+            (f"{first}.norm", f"self_attn_layer_norm.{letter}", (width,)),
+            (f"{last}.norm", f"self_attn.inner_attn_ln.{letter}", (width,)),
+            (f"{last}.out", f"self_attn.out_proj.{letter}", square),
+            (f"{ffn}.norm", f"final_layer_norm.{letter}", (width,)),
+            (f"{ffn}.fc1", f"ffn.{letter}.fc1", up),
+            (f"{ffn}.inner_norm", f"ffn.{letter}.ffn_layernorm", (hidden,)),
+            (f"{ffn}.fc2", f"ffn.{letter}.fc2", down),
+        ):
+            yield _Entry(f"{name}.{part}", shape, (f"{layer}.{key}.{part}",), shape)
+
+
+def _head_entries(config: ModelConfig, task: str | None, options: Mapping[str, int]) -> list[_Entry]:
+    """Heads have the same names and shapes in both layouts."""
+    width, vocab, codes = config.width, config.vocab_size, options.get("codebook_size", 0)
+    shapes: dict[str, tuple[int, ...]] = {
+        "mlm_head.weight": (vocab, width),
+        "mlm_head.bias": (vocab,),
+        "mim_head.weight": (codes, width),
+        "mim_head.bias": (codes,),
+        "vision_head.weight": (width, width),
+        "language_head.weight": (width, width),
+        "logit_scale": (),
+    }
+    return [_Entry(key, shapes[key], (key,), shapes[key]) for key in _HEADS.get(task or "", ())]
+
+
+def _infer_task(heads: Mapping[str, Tensor]) -> tuple[str | None, dict[str, int]]:
+    if not heads:
+        return None, {}
+    for task, keys in _HEADS.items():
+        if set(keys) == heads.keys():
+            return task, {"codebook_size": heads["mim_head.bias"].numel()} if task == "pretraining" else {}
+    raise ConfigError(
+        f"unknown keys besides the backbone: {_listed(heads)}; the heads known are those of "
+        f"{' and '.join(_HEADS)}: {_listed(list(itertools.chain(*_HEADS.values())))}"
+    )
+
+
+def _infer_config(
+    state: Mapping[str, Tensor], num_heads: int | None, image_size: tuple[int, int] | None
+) -> ModelConfig:
+    """Read every size from the shapes of a few tensors; `_check` compares all others with the result."""
+
+    def shape(key: str, dimensions: int) -> tuple[int, ...]:
+        if key not in state:
+            raise ConfigError(f"not an official BEiT-3 file: it has no '{key}'; keys found: {_listed(state) or 'none'}")
+        if state[key].ndim != dimensions:
+            raise ConfigError(f"'{key}' has shape {tuple(state[key].shape)}, not {dimensions} dimensions")
+        return tuple(state[key].shape)
+
+    vocab_size, width = shape("text_embed.weight", 2)
+    patch_size = shape("vision_embed.proj.weight", 4)[3]
+    patches = shape("encoder.embed_positions.A.weight", 2)[0] - POSITION_OFFSET - 1
+    side = math.isqrt(max(patches, 0))
+    if image_size is None and (side < 1 or side * side != patches):
+        raise ConfigError(
+            f"'encoder.embed_positions.A.weight' has {patches + POSITION_OFFSET + 1} rows, "
+            "which is 3 more than no square grid of patches: give image_size"
+        )
+    if num_heads is None and width % native_head_width(width):
+        raise ConfigError(f"the width {width} does not divide by a head width of 64: give num_heads")
+    layers = {int(match[1]) for key in state if (match := re.match(r"encoder\.layers\.(\d+)\.", key))}
+    return ModelConfig(
+        width=width,
+        num_layers=max(len(layers), 1),
+        num_heads=num_heads or width // native_head_width(width),
+        ffn_width=shape("encoder.layers.0.ffn.A.fc1.weight", 2)[0],
+        patch_size=patch_size,
+        image_size=image_size or (side * patch_size, side * patch_size),
+        vocab_size=vocab_size,
+        max_text_positions=shape("encoder.embed_positions.B.weight", 2)[0],
+        attention="decoupled",
+        fusion_layers=0,
+        final_norm=any(key.startswith("encoder.layer_norm.") for key in state),
+    )
+
+
+def _unwrap(content: Mapping[str, object]) -> dict[str, Tensor]:
+    """Take the weights out of the dictionaries that training scripts wrap around them."""
+    for wrapper in ("model", "module"):
+        inner = content.get(wrapper)
+        if isinstance(inner, Mapping):
+            return _unwrap(inner)
+    others = [str(key) for key, value in content.items() if not isinstance(value, Tensor)]
+    if others:
+        raise ConfigError(f"not a file of weights: no tensors under {_listed(others)}")
+    return {key: value for key, value in content.items() if isinstance(value, Tensor)}
+
+
+def _normalise(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Remove the prefixes of data parallelism, compilation and the official wrapper class."""
+    clean: dict[str, Tensor] = {}
+    for key, value in state.items():
+        name = key.replace("_orig_mod.", "")
+        while name.startswith("module."):
+            name = name.removeprefix("module.")
+        name = name.removeprefix("beit3.")
+        if name in clean:
+            raise ConfigError(f"two tensors are named '{name}' once prefixes are removed; the second is '{key}'")
+        clean[name] = value
+    return clean
+
+
+def _check(kind: str, state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise one line that lists all missing, unknown and wrongly shaped tensors."""
+    problems: list[str] = []
+    if missing := [key for key in expected if key not in state]:
+        problems.append(f"missing {_listed(missing)}")
+    if unknown := [key for key in state if key not in expected]:
+        problems.append(f"unknown {_listed(unknown)}")
+    wrong = [
+        f"{key} {tuple(state[key].shape)} instead of {shape}"
+        for key, shape in expected.items()
+        if key in state and tuple(state[key].shape) != shape
+    ]
+    if wrong:
+        problems.append(f"wrong shapes: {_listed(wrong)}")
+    if problems:
+        raise ConfigError(f"the {kind} weights do not fit: {'; '.join(problems)}")
+
+
+def _listed(names: Mapping[str, object] | Sequence[str], most: int = 20) -> str:
+    items = list(names)
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return ", ".join(items[:most]) + more
+
+
+def _explain_folder(path: Path) -> str:
+    if any(path.glob("data.pkl")) or any(path.glob("*/data.pkl")):
+        return (
+            f"{path} is a checkpoint that a browser or an archive program has unpacked: "
+            "download the .pth file again and do not open it (a .pth file is a zip archive)"
+        )
+    return f"{path} is a folder without an unpacked checkpoint: give the path of the .pth file"

@@ -1,0 +1,229 @@
+"""The Multiway Transformer: images, texts and pairs through one network, in one pass, without hidden state.
+
+Shapes: B sequences of the padded form, Bi images, N patches, T longest text, D width,
+Nv = Bi (1 + N) rows of the vision stream, Nt = real text tokens = rows of the text stream.
+
+`forward_packed` is the engine and takes any mixture of image-only, text-only and paired sequences. `forward` is the
+padded form of the public API and packs and unpacks around it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from beit3.model.attention import Backend, plan_attention
+from beit3.model.embeddings import TextEmbedding, VisionEmbedding
+from beit3.model.exchange import PretrainedModel
+from beit3.model.multiway import AttentionInput, AttentionOutput, FeedForward, MultiwayBlock
+from beit3.model.packing import Layout, PackedBatch, pack_texts
+from beit3.model.presets import ModelConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """Final states of the padded form."""
+
+    vision: Tensor | None
+    """(B, 1 + N, D): class token, then patches; None without images."""
+    text: Tensor | None
+    """(B, T, D), zero where `text_mask` is False; None without texts."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackedOutput:
+    """Final states of the packed form."""
+
+    vision: Tensor
+    """(Nv, D)."""
+    text: Tensor
+    """(Nt, D)."""
+    layout: Layout
+    """Which rows belong to which sequence."""
+
+    def image_rows(self) -> Tensor:
+        """The vision stream as (Bi, 1 + N, D)."""
+        return self.vision.view(self.layout.num_images, self.layout.vision_length, -1)
+
+    def first_text_rows(self) -> Tensor:
+        """The state of `<s>` of every text, (Bt, D); texts must not be empty."""
+        lengths = torch.tensor(self.layout.text_lengths, dtype=torch.int64, device=self.text.device)
+        return self.text[lengths.cumsum(0) - lengths]
+
+
+class MultiwayTransformer(PretrainedModel):
+    """BEiT-3's backbone (arXiv 2208.10442)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.vision_embedding = VisionEmbedding(config)
+        self.text_embedding = TextEmbedding(config)
+        self.blocks = nn.ModuleList(MultiwayBlock(config, index) for index in range(config.num_layers))
+        self.norm = nn.ModuleDict()
+        if config.final_norm:
+            self.norm.update({name: nn.LayerNorm(config.width, eps=config.norm_eps) for name in ("vision", "text")})
+        self.init_weights()
+
+    @property
+    def model_config(self) -> ModelConfig:
+        """Shape of the transformer."""
+        return self.config
+
+    def forward(
+        self,
+        images: Tensor | None = None,
+        text_ids: Tensor | None = None,
+        text_mask: Tensor | None = None,
+        image_mask: Tensor | None = None,
+    ) -> Output:
+        """Encode images, texts, or pairs of both.
+
+        Args:
+            images: (B, 3, H, W) float, normalised; H and W divide by the patch size.
+            text_ids: (B, T) int.
+            text_mask: (B, T) bool, True = real token; None: all tokens are real.
+            image_mask: (B, N) bool, True = masked patch.
+
+        Returns:
+            States of both modalities; text states are zero where `text_mask` is False.
+
+        Raises:
+            ValueError: nothing to encode, or shapes that do not fit together.
+        """
+        _check_padded(images, text_ids, text_mask, image_mask)
+        if text_ids is None:
+            packed = self.forward_packed(PackedBatch(images=images, image_mask=image_mask))
+            return Output(packed.image_rows(), None)
+        ids, positions, lengths, order = pack_texts(text_ids, text_mask)
+        ordered = order if images is not None else None
+        batch = PackedBatch(
+            images=None if images is None else images[ordered],
+            image_mask=None if image_mask is None else image_mask[ordered],
+            text_ids=ids,
+            text_positions=positions,
+            text_lengths=lengths,
+            num_pairs=0 if images is None else images.shape[0],
+        )
+        packed = self.forward_packed(batch)
+        rows = order.repeat_interleave(torch.tensor(lengths, device=order.device))
+        text = packed.text.new_zeros(*text_ids.shape, packed.text.shape[-1])
+        text = text.index_put((rows, positions), packed.text)
+        if images is None:
+            return Output(None, text)
+        back = order.argsort()
+        return Output(packed.image_rows()[back], text)
+
+    def forward_packed(self, batch: PackedBatch, backend: Backend | None = None) -> PackedOutput:
+        """Encode any mixture of images, texts and pairs.
+
+        Args:
+            batch: the sequences, without padding.
+            backend: attention backend; None takes the one measured fastest.
+
+        Returns:
+            (Nv, D) and (Nt, D) states in the order of the batch.
+        """
+        vision, text, layout = self.embed(batch)
+        plan = plan_attention(layout, vision, backend)
+        drops = self.training and self.config.drop_path > 0
+        sequence_ids = layout.sequence_ids(vision.device) if drops else None
+        for block in self.blocks:
+            if self.config.activation_checkpointing and self.training:
+                vision, text = checkpoint(block, vision, text, plan, sequence_ids, use_reentrant=False)
+            else:
+                vision, text = block(vision, text, plan, sequence_ids)
+        if self.config.final_norm:
+            vision = self.norm["vision"](vision) if vision.shape[0] else vision
+            text = self.norm["text"](text) if text.shape[0] else text
+        return PackedOutput(vision, text, layout)
+
+    def embed(self, batch: PackedBatch) -> tuple[Tensor, Tensor, Layout]:
+        """Turn a packed batch into the two streams (Nv, D), (Nt, D) and their layout."""
+        weight = self.vision_embedding.patch.weight
+        device = weight.device
+        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else weight.dtype
+        vision = text = torch.empty(0, self.config.width, dtype=dtype, device=device)
+        if batch.images is not None:
+            vision = self.vision_embedding(batch.images.to(dtype), batch.image_mask, batch.kept_patches).to(dtype)
+        if batch.text_ids is not None:
+            longest = max(batch.text_lengths, default=0)
+            if longest > self.config.max_text_length:
+                raise ValueError(
+                    f"a text has {longest} tokens, the position table holds {self.config.max_text_length}: cut it"
+                )
+            assert batch.text_positions is not None
+            text = self.text_embedding(batch.text_ids, batch.text_positions).to(dtype)
+        return vision, text, batch.layout(self.config.patch_size)
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Initialise for sub-LN (Magneto, arXiv 2210.06423, section 2.3).
+
+        Matrices are Xavier-normal; values, output projections and both feed-forward matrices are scaled by
+        sqrt(ln(2 L)). (The official wrapper computes this gain and then overwrites it.) Embeddings are small enough
+        for the first blocks to move them.
+        """
+        gain = math.sqrt(math.log(2 * self.config.num_layers)) if self.config.num_layers > 1 else 1.0
+        width = self.config.width
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_normal_(module.weight)
+                nn.init.zeros_(module.bias)
+        for module in self.modules():  # a second walk: the first one reaches a Linear after the module that owns it
+            if isinstance(module, AttentionInput):
+                for part, scale in zip(module.qkv.weight.chunk(3), (1.0, 1.0, gain), strict=True):
+                    nn.init.xavier_normal_(part, gain=scale)
+            elif isinstance(module, AttentionOutput):
+                nn.init.xavier_normal_(module.out.weight, gain=gain)
+            elif isinstance(module, FeedForward):
+                nn.init.xavier_normal_(module.fc1.weight, gain=gain)
+                nn.init.xavier_normal_(module.fc2.weight, gain=gain)
+        embedding, std = self.vision_embedding, width**-0.5
+        for vector in (embedding.cls_token, embedding.mask_token, embedding.positions, self.text_embedding.positions):
+            nn.init.trunc_normal_(vector, std=std, a=-2 * std, b=2 * std)
+        nn.init.normal_(self.text_embedding.words.weight, std=std)
+
+    def compile_blocks(self) -> None:
+        """Compile the dense parts of every block; stream lengths stay dynamic, attention stays outside the graph."""
+        for module in self.modules():
+            if isinstance(module, (AttentionInput, AttentionOutput, FeedForward)):
+                module.compile(dynamic=True)
+
+    def layers(self) -> Iterator[MultiwayBlock]:
+        """The blocks from bottom to top."""
+        for block in self.blocks:
+            assert isinstance(block, MultiwayBlock)
+            yield block
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of matrices that weight decay leaves alone (vectors and biases always are)."""
+        return {"vision_embedding.positions", "text_embedding.positions"}
+
+
+def _check_padded(
+    images: Tensor | None, text_ids: Tensor | None, text_mask: Tensor | None, image_mask: Tensor | None
+) -> None:
+    if images is None and text_ids is None:
+        raise ValueError("nothing to encode: give images, text_ids or both")
+    if images is not None and (images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point()):
+        raise ValueError(f"images must be float (B, 3, H, W), not {images.dtype} {tuple(images.shape)}")
+    if image_mask is not None and images is None:
+        raise ValueError("image_mask needs images")
+    if text_ids is None:
+        if text_mask is not None:
+            raise ValueError("text_mask needs text_ids")
+        return
+    if text_ids.ndim != 2:
+        raise ValueError(f"text_ids must be (B, T), not {tuple(text_ids.shape)}")
+    if text_mask is not None and (text_mask.dtype != torch.bool or text_mask.shape != text_ids.shape):
+        raise ValueError(
+            f"text_mask must be bool {tuple(text_ids.shape)}, not {text_mask.dtype} {tuple(text_mask.shape)}"
+        )
+    if images is not None and images.shape[0] != text_ids.shape[0]:
+        raise ValueError(f"{images.shape[0]} images but {text_ids.shape[0]} texts: pairs need as many of each")

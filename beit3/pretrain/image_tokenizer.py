@@ -1,0 +1,215 @@
+"""Training a visual tokenizer by vector-quantized knowledge distillation (BEiT v2, arXiv 2208.06366, section 2.1).
+
+Shapes: B images, S side, N patches, C teacher features.
+
+    loss = mean over patches of 1 - cos(decoder(code), teacher(patch))  +  commitment
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from beit3.config import Run, TaskConfig, config, require
+from beit3.data.feature_cache import build_feature_cache
+from beit3.data.images import decode_image
+from beit3.data.shards import Sample, load_prepared
+from beit3.data.streams import Stream, StreamLoader
+from beit3.data.table import TableLoader
+from beit3.data.transforms import CropConfig, EvalResize, RandomCrop
+from beit3.errors import BadSampleError
+from beit3.tokenizer.teachers import Teacher, TeacherConfig, build_teacher
+from beit3.tokenizer.vqkd import VQKD, VQKDConfig, distillation_loss
+from beit3.train.distributed import choose_device
+from beit3.train.task import Loader, OneStream, Task, Work
+
+
+@config
+class ImageTokenizerConfig(TaskConfig):
+    """Tokenizer, teacher and pictures of VQ-KD."""
+
+    tokenizer: VQKDConfig
+    teacher: TeacherConfig
+    images: Stream
+    crop: CropConfig
+    cached_crops: int = 0
+    """Crops of each picture whose teacher features are computed once and kept on disk; 0 asks the teacher for every
+    new crop."""
+    eval_images: str | None = None
+    """Prepared folder to measure use of the codebook and similarity on, relative to the run's data folder."""
+    eval_batch_size: int = 128
+
+    def __post_init__(self) -> None:
+        require(
+            (self.crop.size, self.crop.size) == self.tokenizer.image_size,
+            f"crop.size ({self.crop.size}) must be the tokenizer's image_size {self.tokenizer.image_size}",
+        )
+        require(self.cached_crops >= 0, f"cached_crops must not be negative, not {self.cached_crops}")
+
+    def build(self, run: Run) -> ImageTokenizer:
+        """Build the Task with random weights."""
+        return ImageTokenizer(self)
+
+
+@dataclass(frozen=True, slots=True)
+class CropBatch:
+    """Crops, with their teacher's features where these were cached."""
+
+    images: Tensor
+    """(B, 3, S, S) uint8."""
+    teacher_images: Tensor | None = None
+    """(B, 3, S', S') uint8, the same crops at the teacher's size; None: the tokenizer's."""
+    features: Tensor | None = None
+    """(B, N, C); None: asked of the teacher."""
+
+
+class CropEncoder:
+    """Turns pictures into batches of crops."""
+
+    def __init__(self, view: RandomCrop | EvalResize) -> None:
+        self._view = view
+
+    def encode(self, sample: Sample) -> tuple[Tensor, Tensor | None]:
+        """Decode and crop one picture."""
+        if sample.image is None:
+            raise BadSampleError("missing_image", sample.key)
+        image = decode_image(sample.image)
+        if isinstance(self._view, EvalResize):
+            return self._view(image), None
+        views = self._view(image)
+        return views.image, views.tokenizer_image
+
+    def collate(self, samples: list[tuple[Tensor, Tensor | None]]) -> CropBatch:
+        """Stack crops."""
+        second = [large for _, large in samples if large is not None]
+        return CropBatch(torch.stack([image for image, _ in samples]), torch.stack(second) if second else None)
+
+
+class ImageTokenizer(Task[CropBatch]):
+    """Learn codes from which a decoder rebuilds a teacher's features."""
+
+    def __init__(self, config: ImageTokenizerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = VQKD(config.tokenizer)
+        self._outside: list[Teacher] = []
+
+    @property
+    def teacher(self) -> Teacher:
+        """The frozen teacher, loaded when it is first needed; outside the module tree and so in no checkpoint."""
+        if not self._outside:
+            self._outside.append(build_teacher(self.config.teacher))
+            width = self._outside[0].width
+            require(
+                width == self.config.tokenizer.teacher_width,
+                f"tokenizer.teacher_width is {self.config.tokenizer.teacher_width}, the teacher has {width} features",
+            )
+        device = self.model.quantize.codebook.device
+        return self._outside[0].to(device)
+
+    def train_loader(self, run: Run, rank: int, world_size: int) -> Loader[CropBatch]:
+        """Batches of new crops, or of cached ones with their features."""
+        config = self.config
+        if not config.cached_crops:
+            encoder = CropEncoder(RandomCrop(config.crop))
+            loader: StreamLoader[CropBatch] = StreamLoader(
+                {"images": config.images},
+                {"images": encoder},
+                data=run.data,
+                seed=run.seed,
+                rank=rank,
+                world_size=world_size,
+                num_workers=run.loop.num_workers,
+            )
+            return OneStream(loader, "images")
+        folders = [run.data / source.path for source in config.images.sources]
+        table = build_feature_cache(
+            run.folder / "cache",
+            (sample for folder in folders for sample in load_prepared(folder)),
+            teacher=config.teacher,
+            crop=config.crop,
+            grid=config.tokenizer.grid,
+            crops_per_picture=config.cached_crops,
+            seed=run.seed,
+            source=", ".join(source.path for source in config.images.sources),
+            device=choose_device(run.device),
+        )
+        return TableLoader(
+            table,
+            config.images.batch_size,
+            _collate_cached,
+            seed=run.seed,
+            rank=rank,
+            world_size=world_size,
+            num_workers=run.loop.num_workers,
+        )
+
+    def forward(self, batch: CropBatch) -> dict[str, Tensor]:
+        """Distillation and commitment loss, and the state of the codebook."""
+        decoded, _, commitment = self.model(batch.images.float() / 255)
+        distillation = distillation_loss(decoded, self._features(batch))
+        statistics = self.model.quantize.statistics()
+        return {
+            "loss": distillation + commitment,
+            "distillation_loss": distillation,
+            "commitment_loss": commitment,
+            **{name: torch.tensor(value) for name, value in statistics.items()},
+        }
+
+    def work(self, batch: CropBatch) -> Work:
+        """Images, patches and the operations of encoder and decoder (matrix products, 3 x forward)."""
+        config = self.config.tokenizer
+        tokens = config.grid[0] * config.grid[1] + 1
+        layers = config.depth + config.decoder_depth
+        flops = layers * (24 * tokens * config.width**2 + 4 * tokens**2 * config.width)
+        return Work(len(batch.images), len(batch.images) * tokens, 3.0 * len(batch.images) * flops)
+
+    def move(self, batch: CropBatch, device: torch.device) -> CropBatch:
+        """Copy a batch to the device."""
+        parts = (batch.images, batch.teacher_images, batch.features)
+        return CropBatch(*(None if part is None else part.to(device) for part in parts))  # type: ignore[arg-type]
+
+    def save(self, folder: Path) -> None:
+        """Write the tokenizer."""
+        self.model.save(folder)
+
+    def eval_loader(self, run: Run) -> Iterable[CropBatch] | None:
+        """Held-out pictures, whole."""
+        if self.config.eval_images is None:
+            return None
+        encoder = CropEncoder(EvalResize(self.config.tokenizer.image_size))
+        encoded = [encoder.encode(sample) for sample in load_prepared(run.data / self.config.eval_images)]
+        size = self.config.eval_batch_size
+        return [encoder.collate(encoded[start : start + size]) for start in range(0, len(encoded), size)]
+
+    def evaluate(self, loader: Iterable[CropBatch]) -> dict[str, float]:
+        """Similarity to the teacher, share of codes used and perplexity over all patches of the loader."""
+        similarity = patches = 0.0
+        counts = torch.zeros(self.config.tokenizer.codebook_size)
+        for batch in loader:
+            decoded, codes, _ = self.model(batch.images.float() / 255)
+            patches += codes.numel()
+            similarity += (1 - float(distillation_loss(decoded, self._features(batch)))) * codes.numel()
+            counts += codes.flatten().bincount(minlength=len(counts)).cpu()
+        share = counts / counts.sum()
+        entropy = -(share * share.clamp_min(1e-12).log()).sum()
+        return {
+            "teacher_similarity": similarity / patches,
+            "codebook_use": float((counts > 0).float().mean()),
+            "perplexity": float(entropy.exp()),
+        }
+
+    def _features(self, batch: CropBatch) -> Tensor:
+        if batch.features is not None:
+            return batch.features
+        images = batch.images if batch.teacher_images is None else batch.teacher_images
+        return self.teacher.patch_features(images.float() / 255, self.config.tokenizer.grid)
+
+
+def _collate_cached(rows: list[tuple[Any, Any]]) -> CropBatch:
+    return CropBatch(torch.stack([crop for crop, _ in rows]), features=torch.stack([features for _, features in rows]))

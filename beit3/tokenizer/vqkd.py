@@ -1,0 +1,148 @@
+"""VQ-KD, the visual tokenizer of BEiT v2 (arXiv 2208.06366): patches to codes that let a decoder rebuild a teacher.
+
+Shapes: B images, H, W image sides in pixels, (h, w) grid, N = h w patches, D encoder width, E code width, K codes,
+C teacher features.
+
+Encoder and decoder are timm's BEiT transformers with absolute positions, as in the official code.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from timm.models.beit import Beit
+from torch import Tensor, nn
+
+from beit3.config import config, require, to_plain
+from beit3.errors import ConfigError
+from beit3.model.exchange import read_settings, read_tensors, write_folder
+from beit3.tokenizer.quantizer import VectorQuantizer
+
+
+@config
+class VQKDConfig:
+    """Shape of a visual tokenizer."""
+
+    image_size: tuple[int, int] = (224, 224)
+    patch_size: int = 16
+    width: int = 768
+    """D, of encoder and decoder."""
+    depth: int = 12
+    decoder_depth: int = 1
+    num_heads: int = 12
+    codebook_size: int = 8192
+    """K."""
+    code_width: int = 32
+    """E."""
+    teacher_width: int = 512
+    """C."""
+    decay: float = 0.99
+    revive_after: int = 0
+    """Training batches without use after which a code restarts; 0 never (official)."""
+
+    def __post_init__(self) -> None:
+        for side in self.image_size:
+            require(
+                side % self.patch_size == 0,
+                f"tokenizer.image_size {self.image_size} must divide by tokenizer.patch_size ({self.patch_size})",
+            )
+        require(
+            self.width % self.num_heads == 0,
+            f"tokenizer.width ({self.width}) must divide by tokenizer.num_heads ({self.num_heads})",
+        )
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of codes."""
+        return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
+
+
+class VQKD(nn.Module):
+    """Encoder, quantizer and decoder."""
+
+    def __init__(self, config: VQKDConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.width
+
+        def beit(image_size: tuple[int, int], patch_size: int, channels: int, depth: int) -> Beit:
+            net = Beit(
+                img_size=image_size,
+                patch_size=patch_size,
+                in_chans=channels,
+                embed_dim=width,
+                depth=depth,
+                num_heads=config.num_heads,
+                num_classes=0,
+            )
+            net.head = nn.Identity()
+            return net
+
+        self.encoder = beit(config.image_size, config.patch_size, 3, config.depth)
+        self.decoder = beit(config.grid, 1, config.code_width, config.decoder_depth)
+        self.encode_task_layer = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, config.code_width))
+        self.decode_task_layer = nn.Sequential(
+            nn.Linear(width, width), nn.Tanh(), nn.Linear(width, config.teacher_width)
+        )
+        self.quantize = VectorQuantizer(config.codebook_size, config.code_width, config.decay, config.revive_after)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Encode, quantize, decode.
+
+        Args:
+            images: (B, 3, H, W) float in [0, 1].
+
+        Returns:
+            rebuilt teacher features (B, N, C), codes (B, N), commitment loss ().
+        """
+        z = self._encode(images)
+        quantized, codes, loss = self.quantize(z.flatten(0, 1))
+        maps = quantized.view(*z.shape).transpose(1, 2).unflatten(2, self.config.grid)
+        decoded = self.decode_task_layer(_patch_states(self.decoder, maps))
+        return decoded, codes.view(z.shape[:2]), loss
+
+    @torch.no_grad()
+    def tokenize(self, images: Tensor) -> Tensor:
+        """Codes (B, N) int64 of images (B, 3, H, W), float in [0, 1]."""
+        z = F.normalize(self._encode(images).float(), dim=-1)
+        return self.quantize.nearest(z.flatten(0, 1)).view(z.shape[:2])
+
+    def _encode(self, images: Tensor) -> Tensor:
+        """Vectors (B, N, E) before quantization."""
+        if tuple(images.shape[-2:]) != self.config.image_size:
+            raise ValueError(
+                f"the visual tokenizer takes images of {self.config.image_size}, not {tuple(images.shape[-2:])}"
+            )
+        out: Tensor = self.encode_task_layer(_patch_states(self.encoder, images * 2 - 1))
+        return out
+
+    def save(self, folder: Path) -> None:
+        """Write an exchange folder."""
+        shape = to_plain(self.config)
+        shape.pop("type")
+        write_folder(folder, {"kind": "vqkd", "tokenizer": shape}, self.state_dict())
+
+    @classmethod
+    def load(cls, folder: Path) -> VQKD:
+        """Read an exchange folder; the result is frozen and in eval mode."""
+        settings = read_settings(folder)
+        if settings.get("kind") != "vqkd":
+            raise ConfigError(f"{folder} holds a '{settings.get('kind')}', not a visual tokenizer")
+        shape = dict(settings["tokenizer"])
+        shape["image_size"] = tuple(shape["image_size"])
+        model = cls(VQKDConfig(**shape))
+        model.load_state_dict(read_tensors(folder))
+        return model.requires_grad_(False).eval()
+
+
+def _patch_states(net: Beit, x: Tensor) -> Tensor:
+    """Final states of the patches, normalised one by one: (B, N, D)."""
+    out: Tensor = net.fc_norm(net.forward_features(x)[:, 1:])
+    return out
+
+
+def distillation_loss(decoded: Tensor, features: Tensor) -> Tensor:
+    """Mean of 1 - cos(decoded, teacher) over patches (BEiT v2, equation 2); both (B, N, C)."""
+    return 1 - F.cosine_similarity(decoded.float(), features.float(), dim=-1).mean()

@@ -1,0 +1,67 @@
+"""Optimizer, schedule and moving average of a run: all timm's, built from `OptimConfig`."""
+
+from __future__ import annotations
+
+import timm.optim
+import torch
+from timm.scheduler import CosineLRScheduler
+from torch import nn
+from torch.optim import Optimizer
+
+from beit3.config import OptimConfig
+from beit3.errors import ConfigError
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
+    """Build the optimizer over the trainable parameters, with layer decay where asked.
+
+    Args:
+        model: has `no_weight_decay()` and `group_matcher()`, as every Task.
+        config: name, rates and decay.
+    """
+    options: dict[str, object] = {}
+    if config.name in ("adamw", "adam"):
+        options = {"betas": config.betas, "eps": config.eps, "fused": True}
+    try:
+        optimizer: Optimizer = timm.optim.create_optimizer_v2(
+            model,
+            opt=config.name,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            layer_decay=config.layer_decay,
+            **options,
+        )
+    except (ValueError, KeyError, AssertionError) as error:
+        raise ConfigError(f"optim.name '{config.name}' could not be built by timm: {error}") from error
+    return optimizer
+
+
+class Schedule:
+    """Cosine learning rate with linear warm-up, set from the finished share of the run.
+
+    Args:
+        optimizer: its groups keep their `lr_scale`.
+        config: peak, minimum and warm-up.
+        steps: length of the whole run.
+    """
+
+    def __init__(self, optimizer: Optimizer, config: OptimConfig, steps: int) -> None:
+        self._steps = steps
+        self._scheduler = CosineLRScheduler(
+            optimizer,
+            t_initial=max(1, steps - config.warmup_steps),
+            lr_min=config.min_lr,
+            warmup_t=config.warmup_steps,
+            warmup_prefix=True,
+            t_in_epochs=False,
+        )
+
+    def set(self, share: float) -> None:
+        """Set the learning rates for a share of the run in 0..1."""
+        self._scheduler.step_update(min(self._steps - 1, int(share * self._steps)))
+
+
+def clip_and_measure(model: nn.Module, clip: float | None) -> torch.Tensor:
+    """Global gradient norm before clipping to `clip` (None: only measured)."""
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    return torch.nn.utils.clip_grad_norm_(parameters, float("inf") if clip is None else clip)

@@ -1,0 +1,137 @@
+"""The contract between an objective and the loop: all that `fit` knows of a Task."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from beit3.config import Run
+
+B = TypeVar("B")
+B_co = TypeVar("B_co", covariant=True)
+
+
+class Loader(Protocol[B_co]):
+    """An endless source of batches whose exact position can be saved."""
+
+    @property
+    def skipped(self) -> Counter[str]:
+        """Samples left out so far, by reason."""
+
+    def __iter__(self) -> Iterator[B_co]: ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position: everything needed to go on with the next batch, bit for bit."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to a saved position."""
+
+
+class OneStream(Generic[B]):
+    """The one stream of a loader that draws from several, as a loader of its own.
+
+    Args:
+        loader: its items are dictionaries of batches.
+        name: which of them.
+    """
+
+    def __init__(self, loader: Loader[dict[str, B]], name: str) -> None:
+        self._loader = loader
+        self._name = name
+
+    @property
+    def skipped(self) -> Counter[str]:
+        """Samples left out so far, by reason."""
+        return self._loader.skipped
+
+    def __iter__(self) -> Iterator[B]:
+        for batches in self._loader:
+            yield batches[self._name]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The stream's position."""
+        return self._loader.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to a saved position."""
+        self._loader.load_state_dict(state)
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What one batch amounts to, for throughput figures. Padding and masked-out work are not counted."""
+
+    images: int = 0
+    tokens: int = 0
+    """Patches, class tokens and text tokens that pass through the model."""
+    flops: float = 0.0
+    """Useful floating-point operations of one training step (3 x forward)."""
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.images + other.images, self.tokens + other.tokens, self.flops + other.flops)
+
+
+class Task(nn.Module, ABC, Generic[B]):
+    """One objective: a model, its batches and its loss. The loop knows nothing else of it."""
+
+    @abstractmethod
+    def train_loader(self, run: Run, rank: int, world_size: int) -> Loader[B]:
+        """The endless batches of this rank; everything it needs (caches, tokenizers) is prepared here."""
+
+    @abstractmethod
+    def forward(self, batch: B) -> dict[str, Tensor]:
+        """Compute the loss.
+
+        Returns:
+            scalars by name: `loss` is minimised; loss parts and accuracies beside it are logged as means.
+        """
+
+    @abstractmethod
+    def work(self, batch: B) -> Work:
+        """Count what a batch amounts to."""
+
+    @abstractmethod
+    def move(self, batch: B, device: torch.device) -> B:
+        """Copy a batch to the device."""
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Write the trained model as an exchange folder."""
+
+    def eval_loader(self, run: Run) -> Iterable[B] | None:
+        """Finite batches for `evaluate`, the same at every call; None if the Task evaluates nothing."""
+        return None
+
+    def evaluate(self, loader: Iterable[B]) -> dict[str, float]:
+        """Metrics over the batches of `eval_loader`; called in eval mode without gradients."""
+        return {}
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile what pays; by default every Multiway block."""
+        for module in self.modules():
+            compile_blocks = getattr(module, "compile_blocks", None)
+            if compile_blocks is not None:
+                compile_blocks()
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of matrices that weight decay leaves alone, gathered from the models within."""
+        names: set[str] = set()
+        for prefix, module in self.named_modules():
+            listed = getattr(module, "no_weight_decay", None)
+            if listed is not None and module is not self:
+                names |= {f"{prefix}.{name}" for name in listed()}
+        return names
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Layers for timm's layer-wise learning rates: embeddings, each block, everything after."""
+        return {
+            "stem": r".*(vision_embedding|text_embedding)\.",
+            "blocks": [(r".*blocks\.(\d+)\.", None), (r".*", (99999,))],
+        }
