@@ -39,6 +39,7 @@ from PIL import Image
 
 SIDE = 96
 QUALITY = 85
+MAX_PIXELS = 50_000_000
 PER_TAR = 5000
 PERMISSIVE = {"MIT", "Apache-2.0", "CC-BY-4.0", "CC0-1.0"}
 TRANSLATIONS = ("de", "es", "fr", "ja", "zh_CN")
@@ -184,8 +185,11 @@ def openmoji(packages: Packages) -> Iterator[Pair]:
     for entry in json.loads(files["data/openmoji.json"]):
         code = plain_code(entry["hexcode"])
         extra = code not in names
-        words = {word.strip() for word in f"{entry['tags']},{entry['openmoji_tags']}".split(",") if word.strip()}
-        own = {"caption": entry["annotation"], "base": code, "keywords": sorted(words), "category": entry["group"]}
+        if extra:
+            code = entry["hexcode"]
+        words = [word.strip() for word in f"{entry['tags']},{entry['openmoji_tags']}".split(",")]
+        own = {"caption": entry["annotation"], "base": code, "category": entry["group"]}
+        own["keywords"] = list(dict.fromkeys(filter(None, words)))
         svg = files[f"color/svg/{entry['hexcode']}.svg"].decode()
         yield _emoji("openmoji", code, svg, own if extra else names[code], "openmoji-extra" if extra else "")
 
@@ -289,10 +293,13 @@ def draw_svg(text: str) -> bytes:
 
 
 def to_webp(image: bytes | str) -> tuple[bytes, tuple[int, int]] | None:
-    """Put a picture on white, reduce it to `SIDE` pixels and encode it; None if it is broken or blank on white."""
+    """Put a picture on white, reduce it to `SIDE` pixels and encode it; None if it is broken, huge or blank."""
     try:
-        opened = Image.open(io.BytesIO(draw_svg(image) if isinstance(image, str) else image)).convert("RGBA")
-    except (OSError, ValueError):
+        opened: Image.Image = Image.open(io.BytesIO(draw_svg(image) if isinstance(image, str) else image))
+        if opened.width * opened.height > MAX_PIXELS:
+            return None
+        opened = opened.convert("RGBA")
+    except (OSError, ValueError, Image.DecompressionBombError):
         return None
     opened.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
     page = Image.new("RGB", opened.size, "white")
@@ -358,7 +365,11 @@ def write_family(family: str, number: int, packages: Packages, out: Path) -> lis
                 _add(tar, meta["key"], {"json": json.dumps(meta).encode(), "txt": caption.encode(), "webp": image})
         entry = {"file": path.name, "family": family, "licence": licence, "count": len(part)}
         manifest.append(entry | {"train": splits["train"], "test": splits["test"], "bytes": path.stat().st_size})
-    print(f"{family}: {len(records)} pairs, {blank} left out as broken or blank on white", file=sys.stderr, flush=True)
+    print(
+        f"{family}: {len(records)} pairs, {blank} left out as broken, huge or blank on white",
+        file=sys.stderr,
+        flush=True,
+    )
     return manifest
 
 

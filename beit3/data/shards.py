@@ -41,6 +41,7 @@ INDEX_FOLDER = ".nv-meta"
 """Where energon keeps the index of a folder of tars."""
 
 _SEQUENCE = 100  # samples read in a row before jumping elsewhere; the shuffle buffer mixes several such runs
+_CACHE_BYTES = 64 * 2**20  # folders up to this size are kept in the memory of each data process
 _PARALLEL = 1  # the buffer mixes already; drawing among open runs would cost more than reading a small sample
 
 
@@ -162,12 +163,32 @@ def build_quietly(factory: Any, rotation: int = 0) -> SavableDataset[CrudeSample
         dataset: Any = factory.build(worker_rotation_offset=rotation)
     # Energon opens files through its storage client, which measures every read of every tar header: for small samples
     # that costs more than the reading. Files of this machine are opened by python.
-    for reader in dataset.dataset.join_readers:
+    loader = dataset.dataset
+    for reader in loader.join_readers:
         if hasattr(reader, "tar_filepaths"):
-            reader.tar_filepaths = [_local(path) for path in reader.tar_filepaths]
+            paths = reader.tar_filepaths = [_local(path) for path in reader.tar_filepaths]
         else:
-            reader.jsonl_path = _local(reader.jsonl_path)
+            paths = [_local(reader.jsonl_path)]
+            reader.jsonl_path = paths[0]
+        local = all(isinstance(path, Path) for path in paths)
+        if factory.training and local and sum(path.stat().st_size for path in paths) <= _CACHE_BYTES:
+            loader.join_readers = [_CachingReader(reader)]
     return cast(SavableDataset[CrudeSample], dataset)
+
+
+class _CachingReader:
+    """Keeps the samples of a small folder in memory: parsing tar headers again each epoch costs more than decoding."""
+
+    def __init__(self, reader: Any) -> None:
+        self._reader = reader
+        self._samples: dict[int, dict[str, Any]] = {}
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Return a copy, for energon writes its restore key into what it gets."""
+        sample = self._samples.get(index)
+        if sample is None:
+            sample = self._samples[index] = self._reader[index]
+        return dict(sample)
 
 
 def _local(path: Any) -> Any:
@@ -182,7 +203,7 @@ def make_loader(dataset: SavableDataset[T]) -> SavableDataLoader[T]:
         loader = get_savable_loader(
             dataset,
             checkpoint_every_sec=10,
-            # In the training process, collecting every few batches would cost more than the data.
+            # Collecting garbage every few batches would cost more than the data; python does it in its own time.
             gc_collect_every_n_steps=0,
             watchdog_timeout_seconds=None,
         )

@@ -1,1 +1,1 @@
-"""TODO"""
+"""Metrics: one file a metric."""

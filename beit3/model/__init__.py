@@ -1,1 +1,1 @@
-"""TODO"""
+"""Model: Multiway blocks, attention, packing, presets, heads, official files, the exchange folder."""

@@ -1,1 +1,1 @@
-"""TODO"""
+"""Pretraining: masking and one Task a file."""

@@ -52,7 +52,7 @@ class VectorQuantizer(nn.Module):
         Returns:
             codes' vectors with straight-through gradient (M, C), codes (M,) int64, commitment loss ().
         """
-        z = F.normalize(z.float(), dim=-1)
+        z = F.normalize(z.to(self.codebook.dtype), dim=-1)
         if self.training and not bool(self.ready):
             self._init_codebook(z.detach())
         codes = self.nearest(z.detach())

@@ -106,7 +106,7 @@ class VQKD(nn.Module):
     @torch.no_grad()
     def tokenize(self, images: Tensor) -> Tensor:
         """Codes (B, N) int64 of images (B, 3, H, W), float in [0, 1]."""
-        z = F.normalize(self._encode(images).float(), dim=-1)
+        z = F.normalize(self._encode(images).to(self.quantize.codebook.dtype), dim=-1)
         return self.quantize.nearest(z.flatten(0, 1)).view(z.shape[:2])
 
     def _encode(self, images: Tensor) -> Tensor:

@@ -86,10 +86,10 @@ def loss_weights(shape: torch.Size) -> Tensor:
 
 
 def project(gradient: Tensor) -> Tensor:
-    """Shrink a gradient to one number a row, so that the file stays small; vectors stay whole."""
-    if gradient.ndim < 2:
-        return gradient
-    rows = gradient.flatten(1) if gradient.shape[0] > 1 else gradient.flatten()[None]
+    """Shrink a matrix's gradient to one number a row, so that the file stays small; vectors stay whole."""
+    if gradient.ndim < 2 or gradient.shape[0] == 1:
+        return gradient.flatten()
+    rows = gradient.flatten(1)
     return rows @ torch.arange(rows.shape[1], dtype=torch.float32).mul(0.61).cos()
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from beit3.config import replace
 from beit3.model.embeddings import TextEmbedding, VisionEmbedding, resample_positions
+from beit3.model.packing import PackedBatch
 from beit3.model.presets import ModelConfig
 from beit3.model.transformer import MultiwayTransformer
 
@@ -62,6 +63,30 @@ def test_the_content_of_masked_patches_reaches_nothing(
     assert gradient[:, :, :4, :4].abs().max() == 0
     assert gradient[:, :, 8:, 4:].abs().max() == 0
     assert gradient[:, :, 4:8].abs().min() > 0
+
+
+@torch.no_grad()
+def test_kept_patches_have_the_vectors_they_have_among_all(vision: VisionEmbedding, close: Close) -> None:
+    images = torch.randn(2, 3, 12, 8)
+    mask = torch.tensor([[False, True, False, False, True, False], [True, False, False, True, False, False]])
+    kept = torch.tensor([[4, 0], [3, 5]])
+    everything = vision(images, mask).view(2, 7, -1)
+    few = vision(images, mask, kept).view(2, 3, -1)
+    close(few[:, 0], everything[:, 0])
+    for image in range(2):
+        close(few[image, 1:], everything[image, kept[image] + 1])
+
+
+@torch.no_grad()
+def test_keeping_every_patch_changes_nothing_and_order_moves_the_rows(
+    tiny: ModelConfig, make: Callable[..., MultiwayTransformer], close: Close
+) -> None:
+    model = make(tiny).eval()
+    images, order = torch.randn(2, 3, 12, 8), torch.tensor([[5, 2, 0, 1, 4, 3]] * 2)
+    plain = model.forward_packed(PackedBatch(images=images)).image_rows()
+    moved = model.forward_packed(PackedBatch(images=images, kept_patches=order)).image_rows()
+    close(moved[:, 0], plain[:, 0])
+    close(moved[:, 1:], plain[:, 1:][:, order[0]])
 
 
 def test_positions_are_resampled_as_the_released_code_does(close: Close) -> None:

@@ -1,0 +1,120 @@
+"""For all tests: fresh seeds before each, nothing global left behind, and a workspace where recipes can train."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from beit3.data.emoji import EmojiCell, load_cells, texts_of
+from beit3.data.shard_writer import FolderWriter
+from beit3.tokenizer.text import train_text_tokenizer
+from beit3.tokenizer.vqkd import VQKD, VQKDConfig
+
+ROOT = Path(__file__).parent.parent
+_PICTURES = 96
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A folder like the one a user works in: `data/` and the tokenizers under `runs/` that recipes ask for."""
+
+    folder: Path
+
+    @property
+    def data(self) -> Path:
+        return self.folder / "data"
+
+    @property
+    def text_tokenizer(self) -> Path:
+        return self.folder / "runs" / "text_emoji" / "tokenizer.spm"
+
+    @property
+    def visual_tokenizer(self) -> Path:
+        return self.folder / "runs" / "vqkd_emoji" / "export"
+
+
+@pytest.fixture(autouse=True)
+def fresh_globals() -> Iterator[None]:
+    """Seed all generators, and put back the default type and the process group."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(torch.float32)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """Emoji data in the layout of `beit3 prepare emoji` (some of it), a text tokenizer, a random visual tokenizer."""
+    place = Workspace(tmp_path_factory.mktemp("workspace"))
+    seen = load_cells("google", heldout=False)
+    _write_pairs(place.data / "pairs", seen[:_PICTURES])
+    _write_pairs(place.data / "images", seen[:_PICTURES])
+    _write_pairs(place.data / "test_vendor", load_cells("twitter", heldout=False)[:12])
+    texts = [text for cell in seen[:300] for text in texts_of(cell)]
+    with FolderWriter(place.data / "text", "text") as writer:
+        for text in texts:
+            writer.add_text(text)
+    place.text_tokenizer.parent.mkdir(parents=True)
+    train_text_tokenizer(iter(texts), 400, character_coverage=1.0).save(place.text_tokenizer)
+    torch.manual_seed(0)
+    tokenizer = VQKD(
+        VQKDConfig(
+            image_size=(48, 48),
+            patch_size=8,
+            width=16,
+            depth=1,
+            num_heads=2,
+            codebook_size=24,
+            code_width=8,
+            teacher_width=8,
+        )
+    )
+    tokenizer.save(place.visual_tokenizer)
+    return place
+
+
+@pytest.fixture(scope="session")
+def start() -> Callable[..., subprocess.Popen[str]]:
+    """Start Python in a fresh process: `start(["-m", "beit3", ...], folder)`."""
+
+    def begin(arguments: Sequence[str], folder: Path, **environment: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, *arguments],
+            cwd=folder,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return begin
+
+
+def _write_pairs(folder: Path, cells: Sequence[EmojiCell]) -> None:
+    with FolderWriter(folder, "pairs") as writer:
+        for index, cell in enumerate(cells):
+            picture = io.BytesIO()
+            cell.image.save(picture, "PNG")
+            meta = json.dumps({"keywords": cell.keywords}).encode()
+            writer.add(f"{index:04d}", {"png": picture.getvalue(), "txt": cell.caption.encode(), "json": meta})
