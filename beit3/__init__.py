@@ -8,4 +8,13 @@ from beit3.predict import Predictor, load
 
 __version__ = "0.1.0"
 
-__all__ = ["ModelConfig", "PackedBatch", "Predictor", "__version__", "create_model", "list_models", "load", "load_model"]
+__all__ = [
+    "ModelConfig",
+    "PackedBatch",
+    "Predictor",
+    "__version__",
+    "create_model",
+    "list_models",
+    "load",
+    "load_model",
+]

@@ -5,11 +5,15 @@ Exit codes: 0 done, 1 error, 2 usage or configuration, 3 data missing, 4 diverge
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import io
+import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import tyro
 
@@ -17,6 +21,7 @@ from beit3.config import Run, nearest
 from beit3.errors import BeitError, ConfigError
 
 Arguments = Sequence[str]
+T = TypeVar("T")
 
 
 def main() -> None:
@@ -44,8 +49,8 @@ def run_command(arguments: Arguments) -> int:
     except KeyboardInterrupt:
         print("beit3: interrupted", file=sys.stderr)
         return 130
-    except SystemExit as stop:  # tyro has printed usage or help
-        return stop.code if isinstance(stop.code, int) else 2
+    except SystemExit:  # help was printed
+        return 0
     return 0
 
 
@@ -63,12 +68,7 @@ def _train(arguments: Arguments) -> None:
     if arguments[0].startswith("-"):
         raise ConfigError(f"beit3 train needs a recipe before '{arguments[0]}': beit3 train FILE[:variant] ...")
     default = load_recipe(arguments[0])
-    run = tyro.cli(
-        type(default),
-        default=default,
-        args=list(arguments[1:]),
-        prog=f"beit3 train {arguments[0]}",
-    )
+    run = _override(default, arguments[1:], f"beit3 train {arguments[0]}")
     if isinstance(run, Run):
         fit(run)
     else:
@@ -120,14 +120,59 @@ def _prepare(arguments: Arguments) -> None:
             )
         print("\n".join(report.lines()))
 
-    tyro.cli(prepare, args=list(arguments), prog="beit3 prepare")
+    _call(prepare, arguments, "beit3 prepare")
 
 
 def _quickstart(arguments: Arguments) -> None:
     """Train tokenizers and a small BEiT-3 on real pictures, and look at what it learned."""
     from beit3.quickstart import quickstart
 
-    tyro.cli(quickstart, args=list(arguments), prog="beit3 quickstart")
+    _call(quickstart, arguments, "beit3 quickstart")
+
+
+def _call(function: Callable[..., None], arguments: Arguments, prog: str) -> None:
+    """Call a function with arguments of the command line; parsing ends before it starts."""
+
+    @functools.wraps(function)
+    def bind(*args: object, **named: object) -> Callable[[], None]:
+        return functools.partial(function, *args, **named)
+
+    with _one_line(prog):
+        call = tyro.cli(bind, args=list(arguments), prog=prog)
+    call()
+
+
+def _override(default: T, arguments: Arguments, prog: str) -> T:
+    """Change fields of a run by arguments such as `--optim.lr 1e-3`."""
+    with _one_line(prog):
+        return tyro.cli(
+            type(default), args=list(arguments), prog=prog, default=default, config=(tyro.conf.AvoidSubcommands,)
+        )
+
+
+@contextlib.contextmanager
+def _one_line(prog: str) -> Iterator[None]:
+    """Turn what tyro refuses, and draws in a box, into one line."""
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            yield
+    except SystemExit as stop:
+        if not stop.code:
+            raise  # help was printed
+        raise ConfigError(_condense(complaint.getvalue(), prog)) from None
+
+
+def _condense(complaint: str, prog: str) -> str:
+    """What tyro drew in a box, as one line."""
+    text = " ".join(re.sub(r"[\u2500-\u257f]+", " ", complaint).split())
+    text = re.split(r" (?:For full helptext|Argument helptext)", text)[0]
+    unknown = re.search(r"Unrecognized options: (\S+)", text)
+    if unknown is not None:
+        name = unknown[1].rstrip(",")
+        meant = re.search(r"Perhaps you meant: (\S+)", text)
+        return f"{prog} has no option {name}; " + (f"did you mean {meant[1]}?" if meant else f"see {prog} --help")
+    return re.sub(r"^.*?Error parsing ", "", text) + f"; see {prog} --help"
 
 
 def _field(item: str) -> tuple[str, str]:

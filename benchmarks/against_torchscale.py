@@ -20,11 +20,13 @@ import resource
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -269,16 +271,22 @@ def measure(options: argparse.Namespace, config: ModelConfig, name: str, trainin
 
 def make_arms(options: argparse.Namespace, config: ModelConfig, case: Case) -> tuple[Arm, Arm]:
     """Build both arms with equal weights."""
+    peer = build_peer(config)
+    ours = build_ours(config, peer)
+    if options.compile:
+        ours.compile_blocks()
+    return make_arm(options, ours, case), make_arm(options, peer, case)
+
+
+def make_arm(options: argparse.Namespace, model: nn.Module, case: Case) -> Arm:
+    """Move a model to the device and give it the batch."""
     device = torch.device(options.device)
 
     def autocast() -> AbstractContextManager[Any]:
         return torch.autocast(device.type, torch.bfloat16) if options.dtype == "bf16" else nullcontext()
 
-    peer = build_peer(config)
-    ours = build_ours(config, peer).to(device)
-    if options.compile:
-        ours.compile_blocks()
-    return Ours(ours, case, autocast), Torchscale(peer.to(device), case, autocast)
+    arm = Ours if isinstance(model, MultiwayTransformer) else Torchscale
+    return arm(model.to(device), case, autocast)
 
 
 def peak_memory(options: argparse.Namespace, name: str, training: bool, arm: str) -> float:
@@ -293,19 +301,43 @@ def peak_memory(options: argparse.Namespace, name: str, training: bool, arm: str
 def child(options: argparse.Namespace, config: ModelConfig) -> None:
     """Run two steps of one arm and print the peak in GB beyond the weights."""
     device = torch.device(options.device)
-    arms = make_arms(options, config, make_case(options.cases[0], config, options.batch, device))
-    arm = arms[0] if options.child == "ours" else arms[1]
-    del arms
-    before = _peak(device)
-    for _ in range(2):
-        arm.train() if options.modes == ["train"] else arm.infer()
-    print(json.dumps(_peak(device, top=True) - before))
+    model = MultiwayTransformer(config) if options.child == "ours" else build_peer(config)
+    arm = make_arm(options, model, make_case(options.cases[0], config, options.batch, device))
+    with PeakMemory(device) as peak:
+        for _ in range(2):
+            arm.train() if options.modes == ["train"] else arm.infer()
+    print(json.dumps(peak.gigabytes))
 
 
-def _peak(device: torch.device, top: bool = False) -> float:
-    if device.type == "cuda":
-        return (torch.cuda.max_memory_allocated() if top else torch.cuda.memory_allocated()) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # kilobytes
+class PeakMemory:
+    """Largest memory in use inside a `with` block, beyond what was in use before it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.gigabytes = device, 0.0
+        self._done = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> PeakMemory:
+        self._before = torch.cuda.memory_allocated() if self.device.type == "cuda" else _resident()
+        if self.device.type != "cuda":
+            self._watcher.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.device.type == "cuda":
+            self.gigabytes = (torch.cuda.max_memory_allocated() - self._before) / 1e9
+            return
+        self._done.set()
+        self._watcher.join()
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.002):
+            self.gigabytes = max(self.gigabytes, (_resident() - self._before) / 1e9)
+
+
+def _resident() -> int:
+    """Bytes of this process in memory (Linux)."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def parse() -> argparse.Namespace:

@@ -101,7 +101,12 @@ def build_feature_cache(
     _compute_features(beside, build_teacher(teacher).to(device), grid, device)
     record = {**settings, "crop_seeds": seeds, "skipped": skipped, "seconds": time.perf_counter() - started}
     (beside / "cache.json").write_text(json.dumps(record) + "\n")
-    os.replace(beside, folder)
+    try:
+        os.replace(beside, folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
+        shutil.rmtree(beside)  # another rank was faster with the same
     return FeatureCache(folder)
 
 

@@ -22,7 +22,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from beit3.config import Run, TaskConfig, config, require
 from beit3.data.images import decode_image
@@ -209,6 +209,7 @@ class MaskedDataModeling(Task[MaskedBatch]):
             f"{config.text_tokenizer} has {len(self.text_tokenizer)} ids, the model {config.model.vocab_size}",
         )
         self.model = PretrainingModel(config.model, visual_tokenizer.config.codebook_size)
+        _freeze_unreached(self.model, config)
         # Outside the module tree: frozen, with a file of its own, it belongs in no checkpoint.
         self._outside = (visual_tokenizer,)
 
@@ -412,6 +413,27 @@ def join_batches(batches: list[MaskedBatch]) -> MaskedBatch:
     )
 
 
+def _freeze_unreached(model: PretrainingModel, config: MaskedDataModelingConfig) -> None:
+    """Parts that no stream reaches keep their weights; several ranks would wait for their gradients in vain."""
+    backbone, pairs = model.backbone, config.pairs is not None
+    for name, alone, head in (("vision", config.images, model.mim_head), ("text", config.texts, model.mlm_head)):
+        used = pairs or alone is not None
+        parts = [] if used else [head, getattr(backbone, f"{name}_embedding"), *_part_of(backbone.norm, name)]
+        for block in backbone.layers():
+            if not used:
+                parts += [*_part_of(block.attention_in, name), *_part_of(block.attention_out, name)]
+            if alone is None and (not pairs or "fusion" in block.ffn):
+                parts.append(block.ffn[name])
+            if not pairs:
+                parts += _part_of(block.ffn, "fusion")
+        for part in parts:
+            part.requires_grad_(False)
+
+
+def _part_of(experts: nn.ModuleDict, name: str) -> list[nn.Module]:
+    return [experts[name]] if name in experts else []
+
+
 def _patch_rows(mask: Tensor | None) -> Tensor:
     """Rows of hidden patches in the vision stream, where every image takes 1 + N rows; mask is (Bi, N) bool."""
     if mask is None:
@@ -429,7 +451,7 @@ def _word_targets(texts: list[MaskedText]) -> tuple[Tensor, Tensor]:
         rows += [start + place for place in text.places]
         words += text.targets
         start += len(text.ids)
-    padding = -len(rows) % _BUCKET
+    padding = -len(rows) % _BUCKET if rows or not texts else _BUCKET  # texts without words keep the head in use
     return torch.tensor(rows + [0] * padding, dtype=torch.int64), torch.tensor(
         words + [_IGNORE] * padding, dtype=torch.int64
     )

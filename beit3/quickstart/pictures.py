@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 import torch
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -183,7 +183,7 @@ def show_gallery(section: Section, predictor: Predictor, number: int = 10, top: 
         found = [
             inline_picture(np.asarray(cells[hit].image)) + Markup("<br>") + _marked(cells, hit, place) for hit in best
         ]
-        rows.append([cells[place].caption, *found])
+        rows.append([escape(cells[place].caption), *found])
     section.table(["caption", *(f"picture {rank}" for rank in range(1, top + 1))], rows, top + 1)
 
 

@@ -102,6 +102,13 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return None
 
 
+def delete_newer(valid: Path) -> None:
+    """Delete damaged checkpoints that `latest_checkpoint` passed over, so that their steps are saved again."""
+    found = list_checkpoints(valid.parent)
+    for path in found[found.index(valid) + 1 :]:
+        shutil.rmtree(path)
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """Committed checkpoints, oldest first."""
     if not folder.is_dir():

@@ -24,7 +24,14 @@ from torch.optim import Optimizer
 
 from beit3.config import Run, differences, to_plain
 from beit3.errors import ConfigError, DivergedError, PreemptedError
-from beit3.train.checkpoint import clean_leftovers, latest_checkpoint, load_checkpoint, save_checkpoint
+from beit3.train.checkpoint import (
+    clean_leftovers,
+    delete_newer,
+    latest_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+)
 from beit3.train.distributed import Ranks, join_ranks
 from beit3.train.log import RunLog
 from beit3.train.optim import Schedule, build_optimizer, clip_and_measure
@@ -119,6 +126,9 @@ def fit(run: Run) -> dict[str, float]:
     with join_ranks(run.device) as ranks, _stop_signals() as stop:
         _open_folder(run, ranks)
         trainer = _build(run, ranks)
+        record = run.folder / RUN_FILE  # written once the run could be built: one that could not has not started
+        if ranks.is_main and not record.exists():
+            record.write_text(json.dumps(to_plain(run), indent=1) + "\n")
         checkpoints = run.folder / "checkpoints"
         if run.resume:
             _resume(trainer)
@@ -297,8 +307,13 @@ def _resume(trainer: Trainer) -> None:
         (trainer.run.folder / "preempted").unlink(missing_ok=True)
     trainer.ranks.barrier()
     path = latest_checkpoint(folder)
+    if path is None and list_checkpoints(folder):
+        raise ConfigError(f"no checkpoint in {folder} is whole: restore one, or start again with --overwrite")
+    trainer.ranks.barrier()
     if path is None:
         return
+    if trainer.ranks.is_main:
+        delete_newer(path)
     extra = load_checkpoint(path, trainer.state, trainer.optimizer, trainer.ranks)
     trainer.progress = Progress(**extra["progress"])
     trainer.loader.load_state_dict(extra["loader"])
@@ -321,7 +336,6 @@ def _open_folder(run: Run, ranks: Ranks) -> None:
         else:
             try:
                 run.folder.mkdir(parents=True, exist_ok=True)
-                record.write_text(json.dumps(to_plain(run), indent=1) + "\n")
             except OSError as error:
                 raise ConfigError(f"{run.folder} cannot be written ({error.strerror}): choose another --out") from error
     ranks.barrier()

@@ -11,6 +11,9 @@ from torch.optim import Optimizer
 from beit3.config import OptimConfig
 from beit3.errors import ConfigError
 
+_NOT_HIDDEN = ("*embedding*", "*_head.*")
+"""Parameters that are no hidden matrices: tables and output heads."""
+
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
     """Build the optimizer over the trainable parameters, with layer decay where asked.
@@ -22,6 +25,9 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
     options: dict[str, object] = {}
     if config.name in ("adamw", "adam"):
         options = {"betas": config.betas, "eps": config.eps, "fused": True}
+    elif "muon" in config.name:
+        # Orthogonalised steps suit hidden matrices; timm moves what is listed here, and all vectors, by AdamW.
+        options = {"betas": config.betas, "fallback_list": _NOT_HIDDEN}
     try:
         optimizer: Optimizer = timm.optim.create_optimizer_v2(
             model,
@@ -58,7 +64,7 @@ class Schedule:
 
     def set(self, share: float) -> None:
         """Set the learning rates for a share of the run in 0..1."""
-        self._scheduler.step_update(min(self._steps - 1, int(share * self._steps)))
+        self._scheduler.step_update(min(self._steps - 1, round(share * self._steps)))
 
 
 def clip_and_measure(model: nn.Module, clip: float | None) -> torch.Tensor:

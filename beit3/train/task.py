@@ -130,8 +130,8 @@ class Task(nn.Module, ABC, Generic[B]):
         return names
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Layers for timm's layer-wise learning rates: embeddings, each block, everything after."""
+        """Layers for timm's layer-wise learning rates: embeddings, each block; what matches neither comes last."""
         return {
-            "stem": r".*(vision_embedding|text_embedding)\.",
-            "blocks": [(r".*blocks\.(\d+)\.", None), (r".*", (99999,))],
+            "stem": r".*(?:vision_embedding|text_embedding)\.",
+            "blocks": r".*blocks\.(\d+)\.",
         }

@@ -37,10 +37,12 @@ def a_run(**changes: Any) -> Run:
     return replace(Run(name="x", task=Nothing(required=1)), **changes)
 
 
-@pytest.mark.parametrize(("wrong", "right"), [("lrr", "lr"), ("weight_decy", "weight_decay"), ("warmup", "warmup_steps")])
+@pytest.mark.parametrize(
+    ("wrong", "right"), [("lrr", "lr"), ("weight_decy", "weight_decay"), ("warmup", "warmup_steps")]
+)
 def test_an_unknown_field_names_the_nearest(wrong: str, right: str) -> None:
     with pytest.raises(ConfigError, match=rf"OptimConfig has no field '{wrong}'; did you mean '{right}'\?"):
-        OptimConfig(**{wrong: 1})
+        OptimConfig(**{wrong: 1})  # type: ignore[arg-type]
 
 
 def test_an_unlike_name_lists_the_valid_ones() -> None:
@@ -54,7 +56,7 @@ def test_a_missing_required_field_is_named() -> None:
 
 def test_fields_go_by_name_only() -> None:
     with pytest.raises(ConfigError, match="by name only"):
-        OptimConfig("adamw")  # type: ignore[call-arg, misc]
+        OptimConfig("adamw")  # type: ignore[call-arg]
 
 
 def test_values_are_frozen_and_have_no_room_for_more() -> None:

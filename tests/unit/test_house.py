@@ -144,9 +144,7 @@ def test_hugging_face_imports_from_every_folder_of_the_clone(folder: str) -> Non
 
 
 def test_running_a_file_of_the_package_says_how_to_run_it() -> None:
-    done = subprocess.run(
-        [sys.executable, "beit3/__main__.py"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "beit3/__main__.py"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert done.stderr.strip() == "use: python -m beit3"
 

@@ -38,7 +38,9 @@ def test_more_patches_than_there_are_cannot_be_hidden(count: int) -> None:
         block_mask((6, 6), count)
 
 
-@pytest.mark.parametrize(("share", "grid", "count"), [(0.4, (14, 14), 78), (0.4, (6, 6), 14), (0.4, (1, 1), 1), (0.01, (6, 6), 1)])
+@pytest.mark.parametrize(
+    ("share", "grid", "count"), [(0.4, (14, 14), 78), (0.4, (6, 6), 14), (0.4, (1, 1), 1), (0.01, (6, 6), 1)]
+)
 def test_the_count_is_the_rounded_share_and_at_least_one(share: float, grid: tuple[int, int], count: int) -> None:
     assert MaskConfig(patches=share).num_patches(grid) == count
 

@@ -44,9 +44,7 @@ class SlowQuantizer:
             if mine:
                 mean = unit([sum(column) for column in zip(*mine, strict=True)])
                 old = self.codes[k]
-                self.codes[k] = unit(
-                    [self.decay * a + (1 - self.decay) * b for a, b in zip(old, mean, strict=True)]
-                )
+                self.codes[k] = unit([self.decay * a + (1 - self.decay) * b for a, b in zip(old, mean, strict=True)])
         return chosen, loss / len(vectors)
 
 

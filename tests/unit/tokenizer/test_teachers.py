@@ -127,7 +127,8 @@ def test_clip_gives_projected_patch_tokens(clip: Path) -> None:
     features = teacher.patch_features(images, (4, 4))
     mean, std = torch.tensor([0.48145466, 0.4578275, 0.40821073]), torch.tensor([0.26862954, 0.26130258, 0.27577711])
     pixels = (images - mean.view(3, 1, 1)) / std.view(3, 1, 1)
-    own = CLIPVisionModelWithProjection.from_pretrained(clip).eval()
+    own = CLIPVisionModelWithProjection.from_pretrained(clip)
+    own.train(False)
     with torch.no_grad():
         out = own(pixels)
         states = own.vision_model.post_layernorm(out.last_hidden_state)

@@ -88,7 +88,7 @@ def test_pictures_of_another_size_are_refused() -> None:
 
 
 def test_folders_that_hold_something_else_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataMissingError, match="config.json"):
+    with pytest.raises(DataMissingError, match=r"config\.json"):
         VQKD.load(tmp_path / "none")
     VQKD(CONFIG).save(tmp_path / "tokenizer")
     settings = json.loads((tmp_path / "tokenizer/config.json").read_text())

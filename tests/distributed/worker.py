@@ -1,0 +1,157 @@
+"""One of two processes of `test_ddp.py`: does each part under a process group of its own, and writes what it found.
+
+Usage: worker.py FOLDER PORT ...      (RANK and WORLD_SIZE in the environment, as torchrun sets them)
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from beit3.cli import run_command
+from beit3.data.shards import Sample, load_prepared
+from beit3.data.streams import Source, Stream
+from beit3.data.transforms import CropConfig, EvalResize
+from beit3.model.presets import ModelConfig
+from beit3.pretrain.contrastive import Contrastive, ContrastiveConfig, PairBatch, PairEncoder
+from beit3.tokenizer.quantizer import VectorQuantizer
+from beit3.train import loop
+
+WORKSPACE = Path.cwd()
+PAIRS = 4
+"""Pairs of each rank."""
+
+
+def samples() -> list[Sample]:
+    """Eight pairs; the last of the second half has the caption of the first of the first half."""
+    found = list(load_prepared(WORKSPACE / "data" / "pairs"))[: 2 * PAIRS]
+    return [*found[:-1], Sample(found[-1].key, found[-1].image, found[0].text)]
+
+
+def contrastive_task() -> Contrastive:
+    torch.manual_seed(0)
+    config = ContrastiveConfig(
+        model=ModelConfig(
+            width=16,
+            num_layers=2,
+            num_heads=2,
+            ffn_width=24,
+            patch_size=8,
+            image_size=(48, 48),
+            vocab_size=420,
+            max_text_positions=40,
+            fusion_layers=1,
+        ),
+        text_tokenizer=WORKSPACE / "runs" / "text_emoji" / "tokenizer.spm",
+        pairs=Stream(sources=(Source(path="pairs"),), batch_size=2 * PAIRS),
+        crop=CropConfig(size=48),
+        max_text_length=24,
+    )
+    return Contrastive(config)
+
+
+def batch_of(task: Contrastive, chosen: list[Sample]) -> PairBatch:
+    encoder = PairEncoder(task.config, task.text_tokenizer, EvalResize(48), training=False)
+    return encoder.collate([encoder.encode(sample) for sample in chosen])
+
+
+def contrastive_step(task: Contrastive, chosen: list[Sample]) -> dict[str, Any]:
+    """Loss and gradients of one step, as the loop takes it."""
+    model: Any = DistributedDataParallel(task, broadcast_buffers=False) if dist.is_initialized() else task
+    values = model(batch_of(task, chosen))
+    values["loss"].backward()
+    return {
+        "loss": values["loss"].detach(),
+        "gradients": {name: p.grad for name, p in task.named_parameters() if p.grad is not None},
+    }
+
+
+def quantizer_steps(batches: list[torch.Tensor], revive_after: int = 0) -> dict[str, torch.Tensor]:
+    """Train a quantizer in float64 on some batches, from its k-means on."""
+    torch.manual_seed(0)
+    quantizer = VectorQuantizer(10, 4, decay=0.8, revive_after=revive_after).double()
+    torch.manual_seed(1)
+    for batch in batches:
+        quantizer(batch)
+    return dict(quantizer.state_dict())
+
+
+def vectors(part: slice) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randn(60, 4, generator=generator, dtype=torch.float64)[part] for _ in range(6)]
+
+
+def train(arguments: list[str]) -> dict[str, Any]:
+    """Train through the command line; keeps this rank's final weights."""
+    kept: dict[str, Any] = {}
+    save = loop._save
+
+    def keep_and_save(trainer: loop.Trainer) -> None:
+        kept.update({name: value.clone() for name, value in trainer.task.state_dict().items()})
+        save(trainer)
+
+    loop._save = keep_and_save
+    try:
+        code = run_command(["train", *arguments, "--device", "cpu", "--precision", "fp32", "--out", "ddp"])
+    finally:
+        loop._save = save
+    return {"code": code, "state": kept}
+
+
+def in_group(port: str, part: Callable[[], Any]) -> Any:
+    """Do a part under the process group that the environment describes."""
+    os.environ["MASTER_PORT"] = port
+    dist.init_process_group("gloo")
+    try:
+        return part()
+    finally:
+        dist.destroy_process_group()
+
+
+def at_port(port: str, part: Callable[[], Any]) -> Any:
+    """Do a part that joins the group by itself."""
+    os.environ["MASTER_PORT"] = port
+    return part()
+
+
+def parts(rank: int) -> dict[str, tuple[Callable[..., Any], Callable[[], Any]]]:
+    own = slice(rank * 30, rank * 30 + 30)
+    mdm, contrastive = "recipe:pretrain/mdm_emoji:debug", "recipe:pretrain/contrastive_emoji:debug"
+    return {
+        "contrastive_loss": (
+            in_group,
+            lambda: contrastive_step(contrastive_task().double(), samples()[rank * PAIRS : rank * PAIRS + PAIRS]),
+        ),
+        "quantizer": (in_group, lambda: quantizer_steps(vectors(own))),
+        "quantizer_revival": (in_group, lambda: quantizer_steps([v[:3] for v in vectors(own)], revive_after=2)),
+        "mdm": (at_port, lambda: train([mdm])),
+        "contrastive": (at_port, lambda: train([contrastive])),
+        "pairs_alone": (at_port, lambda: train(["pairs_alone.py"])),
+        "cached_vqkd": (
+            at_port,
+            lambda: train(["recipe:tokenizers/vqkd_emoji:debug", "--task.cached-crops", "1"]),
+        ),
+    }
+
+
+def main() -> None:
+    folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+    torch.set_num_threads(1)
+    for port, (name, (start, part)) in zip(sys.argv[2:], parts(rank).items(), strict=True):
+        try:
+            found = start(port, part)
+        except Exception:
+            found = {"error": traceback.format_exc()}
+        torch.save(found, folder / f"{name}-{rank}.pt")
+
+
+if __name__ == "__main__":
+    main()
