@@ -13,12 +13,9 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, dataclass_transform
+from typing import Any, Literal, TypeVar, dataclass_transform
 
 from beit3.errors import ConfigError
-
-if TYPE_CHECKING:
-    from beit3.train.task import Task
 
 T = TypeVar("T")
 
@@ -114,8 +111,8 @@ class TaskConfig(ABC):
     """What is trained: model, objective and data streams. Each objective defines its own subclass beside its Task."""
 
     @abstractmethod
-    def build(self, run: Run) -> Task[Any]:
-        """Build the Task with random or given weights on the CPU."""
+    def build(self, run: Run) -> Any:
+        """Build the Task (`beit3.train.task.Task`) with random or given weights on the CPU."""
 
 
 @config

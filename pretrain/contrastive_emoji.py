@@ -33,14 +33,14 @@ def recipe() -> Run:
             ),
             text_tokenizer=Path("runs/text_emoji/tokenizer.spm"),
             init_from=Path("runs/mdm_emoji/export"),
-            pairs=Stream(sources=(Source(path="pairs"),), batch_size=256),
-            crop=CropConfig(size=48, scale=(0.4, 1.0), flip=0.0, color_jitter=0.4, grayscale=0.1),
+            pairs=Stream(sources=(Source(path="pairs"),), batch_size=128),
+            crop=CropConfig(size=48, scale=(0.6, 1.0), flip=0.0, color_jitter=0.4, grayscale=0.1),
             max_text_length=32,
             keep_patches=0.5,
             eval_pairs="test_vendor",
         ),
-        optim=OptimConfig(lr=2e-3, warmup_steps=40, weight_decay=0.1, betas=(0.9, 0.98)),
-        loop=LoopConfig(steps=500, log_every=20, save_every=250),
+        optim=OptimConfig(lr=1.2e-3, warmup_steps=50, weight_decay=0.1, betas=(0.9, 0.98)),
+        loop=LoopConfig(steps=800, log_every=20, save_every=200),
     )
 
 

@@ -46,8 +46,8 @@ def recipe() -> Run:
             max_text_length=32,
             eval_pairs="test_vendor",
         ),
-        optim=OptimConfig(lr=2e-3, warmup_steps=30, weight_decay=0.05),
-        loop=LoopConfig(steps=400, log_every=20, save_every=200),
+        optim=OptimConfig(lr=1.5e-3, warmup_steps=20, weight_decay=0.05),
+        loop=LoopConfig(steps=160, log_every=20, save_every=80),
     )
 
 

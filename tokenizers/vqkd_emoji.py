@@ -15,7 +15,7 @@ from beit3.tokenizer.vqkd import VQKDConfig
 
 
 def recipe() -> Run:
-    """Two recorded crops of each of 4,194 pictures."""
+    """One recorded crop of each of 4,194 pictures."""
     return Run(
         name="vqkd_emoji",
         task=ImageTokenizerConfig(
@@ -23,7 +23,7 @@ def recipe() -> Run:
                 image_size=(48, 48),
                 patch_size=8,
                 width=128,
-                depth=4,
+                depth=3,
                 decoder_depth=1,
                 num_heads=2,
                 codebook_size=512,
@@ -34,11 +34,11 @@ def recipe() -> Run:
             teacher=TeacherConfig(kind="efficientnet_lite0", image_size=96),
             images=Stream(sources=(Source(path="pairs"),), batch_size=128),
             crop=CropConfig(size=48, scale=(0.5, 1.0), flip=0.5, color_jitter=0.2),
-            cached_crops=2,
+            cached_crops=1,
             eval_images="test_vendor",
         ),
         optim=OptimConfig(lr=1e-3, warmup_steps=20, weight_decay=1e-4, betas=(0.9, 0.99), clip_grad=3.0),
-        loop=LoopConfig(steps=300, log_every=20, save_every=150),
+        loop=LoopConfig(steps=200, log_every=20, save_every=100),
     )
 
 

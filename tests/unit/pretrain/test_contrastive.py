@@ -43,7 +43,7 @@ def plain_loss(images: Tensor, texts: Tensor, captions: list[int], scale: float)
     count = len(images)
     for queries, candidates in ((images, texts), (texts, images)):
         for i in range(count):
-            scores = [scale * float(queries[i] @ candidates[j]) for j in range(count)]
+            scores = [scale * (queries[i] @ candidates[j]).item() for j in range(count)]
             allowed = [j for j in range(count) if j == i or captions[j] != captions[i]]
             total += math.log(sum(math.exp(scores[j]) for j in allowed)) - scores[i]
     return total / count / 2
