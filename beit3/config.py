@@ -111,7 +111,7 @@ class TaskConfig(ABC):
     """What is trained: model, objective and data streams. Each objective defines its own subclass beside its Task."""
 
     @abstractmethod
-    def build(self, run: Run) -> Any:
+    def build(self) -> Any:
         """Build the Task (`beit3.train.task.Task`) with random or given weights on the CPU."""
 
 

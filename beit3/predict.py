@@ -114,6 +114,9 @@ class Predictor:
         for number, part in enumerate(parts):
             ids += [self.tokenizer.mask_id] if number else []
             ids += self.tokenizer.encode(part)[1:-1]
+        longest = self.model.backbone.config.max_text_length
+        if len(ids) >= longest:
+            raise ConfigError(f"the text has {len(ids) + 1} ids, the model reads {longest}: shorten it")
         row = torch.tensor([[*ids, EOS]], device=self._device)
         out = self.model(images=None if image is None else self._images([image]), text_ids=row)
         assert out.text is not None
@@ -132,7 +135,7 @@ class Predictor:
         return F.normalize(out.vision[:, 0], dim=-1)
 
     def _encode_texts(self, texts: Sequence[str]) -> Tensor:
-        ids, mask = self.tokenizer.encode_batch([clean_text(text) for text in texts], self.max_text_length)
+        ids, mask = self.tokenizer.encode_batch([_clean(text) for text in texts], self.max_text_length)
         ids, mask = ids.to(self._device), mask.to(self._device)
         if isinstance(self.model, RetrievalModel):
             return self.model.encode_text(ids, mask)
@@ -153,6 +156,11 @@ class Predictor:
 def _chunks(items: Sequence[T]) -> Iterator[Sequence[T]]:
     for start in range(0, len(items), _BATCH):
         yield items[start : start + _BATCH]
+
+
+def _clean(text: str) -> str:
+    """The text as in training; an empty one stays empty."""
+    return clean_text(text) if text.strip() else ""
 
 
 def _open(image: ImageInput) -> Image.Image:

@@ -29,7 +29,8 @@ from beit3.data.transforms import CropConfig, RandomCrop
 from beit3.errors import BadSampleError, ConfigError
 from beit3.tokenizer.teachers import Teacher, TeacherConfig, build_teacher
 
-_BATCH = 64
+_BATCH = {"cpu": 8, "cuda": 256, "mps": 64}
+"""Crops the teacher sees at once; on a CPU small batches stay in its caches and are several times faster."""
 
 
 class FeatureCache:
@@ -138,10 +139,13 @@ def _compute_features(folder: Path, teacher: Teacher, grid: tuple[int, int], dev
     crops = np.load(folder / "crops.npy", mmap_mode="r")
     shape = (len(crops), grid[0] * grid[1], teacher.width)
     features = np.lib.format.open_memmap(folder / "features.npy", mode="w+", dtype=np.float16, shape=shape)
+    teacher = teacher.to(memory_format=torch.channels_last)
+    size = _BATCH[device.type]
     with Progress() as progress:
         line = progress.add_task("teacher features", total=len(crops))
-        for start in range(0, len(crops), _BATCH):
-            images = torch.from_numpy(crops[start : start + _BATCH].copy()).to(device).float() / 255
-            features[start : start + _BATCH] = teacher.patch_features(images, grid).half().cpu().numpy()
+        for start in range(0, len(crops), size):
+            images = torch.from_numpy(crops[start : start + size].copy()).to(device).float() / 255
+            images = images.contiguous(memory_format=torch.channels_last)
+            features[start : start + size] = teacher.patch_features(images, grid).half().cpu().numpy()
             progress.advance(line, len(images))
     features.flush()

@@ -201,9 +201,34 @@ class MultiwayTransformer(PretrainedModel):
             assert isinstance(block, MultiwayBlock)
             yield block
 
+    def freeze_unreached(self, *, images: bool, texts: bool, pairs: bool) -> None:
+        """Freeze what no sequence of a training run reaches: several ranks would wait for its gradients in vain.
+
+        Args:
+            images: whether images come without a text.
+            texts: whether texts come without an image.
+            pairs: whether there are pairs.
+        """
+        for name, alone in (("vision", images), ("text", texts)):
+            used = pairs or alone
+            parts = [] if used else [getattr(self, f"{name}_embedding"), *_present(self.norm, name)]
+            for block in self.layers():
+                if not used:
+                    parts += [*_present(block.attention_in, name), *_present(block.attention_out, name)]
+                if not alone and (not pairs or "fusion" in block.ffn):
+                    parts.append(block.ffn[name])
+                if not pairs:
+                    parts += _present(block.ffn, "fusion")
+            for part in parts:
+                part.requires_grad_(False)
+
     def no_weight_decay(self) -> set[str]:
         """Names of matrices that weight decay leaves alone (vectors and biases always are)."""
         return {"vision_embedding.positions", "text_embedding.positions"}
+
+
+def _present(experts: nn.ModuleDict, name: str) -> list[nn.Module]:
+    return [experts[name]] if name in experts else []
 
 
 def _check_padded(

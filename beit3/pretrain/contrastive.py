@@ -77,7 +77,7 @@ class ContrastiveConfig(TaskConfig):
         """Patches of each image that enter the model."""
         return max(1, round(self.keep_patches * self.model.num_patches))
 
-    def build(self, run: Run) -> Contrastive:
+    def build(self) -> Contrastive:
         """Build the Task, with random or given weights."""
         return Contrastive(self)
 
@@ -151,11 +151,8 @@ class Contrastive(Task[PairBatch]):
         self.model = RetrievalModel(config.model)
         if config.init_from is not None:
             load_backbone(self.model.backbone, config.init_from)
-        # A dual encoder never hides patches and never sees a pair: these parts keep their weights.
-        self.model.backbone.vision_embedding.mask_token.requires_grad_(False)
-        for block in self.model.backbone.layers():
-            if "fusion" in block.ffn:
-                block.ffn["fusion"].requires_grad_(False)
+        self.model.backbone.freeze_unreached(images=True, texts=True, pairs=False)
+        self.model.backbone.vision_embedding.mask_token.requires_grad_(False)  # nothing is hidden
 
     def train_loader(self, run: Run, rank: int, world_size: int) -> Loader[PairBatch]:
         """Endless batches of pairs."""
@@ -186,7 +183,9 @@ class Contrastive(Task[PairBatch]):
             dist.all_gather(gathered, captions)
             all_captions = torch.cat(gathered)
         targets = torch.arange(len(images), device=images.device) + rank * len(images)
-        scale = self.model.logit_scale.clamp(max=_LARGEST_SCALE).exp()
+        with torch.no_grad():
+            self.model.logit_scale.clamp_(max=_LARGEST_SCALE)
+        scale = self.model.logit_scale.exp()
         same = captions[:, None] == all_captions[None]
         same[torch.arange(len(images), device=images.device), targets] = False
         by_image = (scale * images.float() @ all_texts.float().T).masked_fill(same, -torch.inf)  # (B, G)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from beit3.config import Run, TaskConfig, config, require
@@ -51,7 +52,7 @@ class ImageTokenizerConfig(TaskConfig):
         )
         require(self.cached_crops >= 0, f"cached_crops must not be negative, not {self.cached_crops}")
 
-    def build(self, run: Run) -> ImageTokenizer:
+    def build(self) -> ImageTokenizer:
         """Build the Task with random weights."""
         return ImageTokenizer(self)
 
@@ -127,6 +128,8 @@ class ImageTokenizer(Task[CropBatch]):
                 num_workers=run.loop.num_workers,
             )
             return OneStream(loader, "images")
+        if rank and dist.is_initialized():
+            dist.barrier()  # rank 0 fills the cache
         folders = [run.data / source.path for source in config.images.sources]
         table = build_feature_cache(
             run.folder / "cache",
@@ -139,6 +142,8 @@ class ImageTokenizer(Task[CropBatch]):
             source=", ".join(source.path for source in config.images.sources),
             device=choose_device(run.device),
         )
+        if not rank and dist.is_initialized():
+            dist.barrier()
         return TableLoader(
             table,
             config.images.batch_size,

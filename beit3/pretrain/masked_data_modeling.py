@@ -12,40 +12,34 @@ Heads and losses touch hidden positions only. All three streams go through the m
 from __future__ import annotations
 
 import dataclasses
-import random
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from PIL import Image
+from torch import Tensor
 
 from beit3.config import Run, TaskConfig, config, require
-from beit3.data.images import decode_image
-from beit3.data.shards import Sample, load_prepared
 from beit3.data.streams import Stream, StreamLoader
-from beit3.data.texts import clean_text
 from beit3.data.transforms import CropConfig, EvalResize, RandomCrop, Views, normalize
-from beit3.errors import BadSampleError
 from beit3.model.flops import forward_flops
 from beit3.model.heads import PretrainingModel
-from beit3.model.packing import PackedBatch, concat
 from beit3.model.presets import ModelConfig
 from beit3.pretrain.export import export_model
-from beit3.pretrain.masking import MaskConfig, MaskedText, block_mask, mask_text
+from beit3.pretrain.masked_batches import (
+    IGNORE,
+    KINDS,
+    Joined,
+    Kind,
+    MaskedBatch,
+    MaskedEncoder,
+    fixed_batches,
+)
+from beit3.pretrain.masking import MaskConfig
 from beit3.tokenizer.text import TextTokenizer
 from beit3.tokenizer.vqkd import VQKD
 from beit3.train.task import Loader, Task, Work
-
-Kind = Literal["pairs", "images", "texts"]
-_ORDER: tuple[Kind, ...] = ("pairs", "images", "texts")
-_IGNORE = -100
-_BUCKET = 64
-"""Numbers of hidden words are rounded up to a multiple of this, so that shapes repeat."""
 
 
 @config
@@ -88,102 +82,9 @@ class MaskedDataModelingConfig(TaskConfig):
             f"max_text_length must lie in 3..{self.model.max_text_length}, not {self.max_text_length}",
         )
 
-    def build(self, run: Run) -> MaskedDataModeling:
+    def build(self) -> MaskedDataModeling:
         """Build the Task with random weights."""
         return MaskedDataModeling(self)
-
-
-@dataclass(frozen=True, slots=True)
-class MaskedBatch:
-    """Sequences with hidden parts, and what is hidden."""
-
-    packed: PackedBatch
-    """Images are uint8 here."""
-    tokenizer_images: Tensor | None
-    """(Bi, 3, S', S') uint8, the same crops for the visual tokenizer; None: the model's own images."""
-    patch_rows: Tensor
-    """(M,) int64, rows of the vision stream with hidden patches, equally many of every image."""
-    word_rows: Tensor
-    """(Mw,) int64, rows of the text stream with hidden words; padding points at row 0."""
-    words: Tensor
-    """(Mw,) int64 hidden words; -100 = padding."""
-    pair_words: int
-    """Hidden words, padding included, that belong to pairs: they come first."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Encoded:
-    views: Views | None
-    mask: Tensor | None
-    text: MaskedText | None
-
-
-class MaskedEncoder:
-    """Turns samples of one stream into masked batches; draws crops and masks.
-
-    Args:
-        kind: which parts of a sample are used.
-        config: of the Task.
-        tokenizer: for texts.
-        view: picture to tensors.
-    """
-
-    def __init__(
-        self,
-        kind: Kind,
-        config: MaskedDataModelingConfig,
-        tokenizer: TextTokenizer,
-        view: Callable[[Any], Views],
-    ) -> None:
-        self._kind = kind
-        self._config = config
-        self._tokenizer = tokenizer
-        self._view = view
-
-    def encode(self, sample: Sample) -> _Encoded:
-        """Decode, crop, tokenize and mask one sample."""
-        views = mask = text = None
-        masks, grid = self._config.mask, self._config.model.grid
-        if self._kind != "texts":
-            if sample.image is None:
-                raise BadSampleError("missing_image", sample.key)
-            views = self._view(decode_image(sample.image))
-            hidden = block_mask(grid, masks.num_patches(grid), masks.smallest_block)
-            mask = torch.from_numpy(hidden.reshape(-1))
-        if self._kind != "images":
-            ids = self._tokenizer.encode(clean_text(sample.text), self._config.max_text_length)
-            text = mask_text(ids, masks.pair_words if self._kind == "pairs" else masks.words, self._tokenizer, masks)
-        return _Encoded(views, mask, text)
-
-    def collate(self, samples: list[_Encoded]) -> MaskedBatch:
-        """Pack samples, shortest text first."""
-        if self._kind != "images":
-            samples = sorted(samples, key=lambda sample: len(sample.text.ids) if sample.text else 0)
-        images = mask = tokenizer_images = None
-        if self._kind != "texts":
-            views = [sample.views for sample in samples if sample.views is not None]
-            images = torch.stack([view.image for view in views])
-            second = [view.tokenizer_image for view in views if view.tokenizer_image is not None]
-            tokenizer_images = torch.stack(second) if second else None
-            mask = torch.stack([sample.mask for sample in samples if sample.mask is not None])
-        texts = [sample.text for sample in samples if sample.text is not None]
-        word_rows, words = _word_targets(texts)
-        packed = PackedBatch(
-            images=images,
-            image_mask=mask,
-            text_ids=torch.tensor([i for text in texts for i in text.ids], dtype=torch.int64) if texts else None,
-            text_positions=torch.cat([torch.arange(len(text.ids)) for text in texts]) if texts else None,
-            text_lengths=tuple(len(text.ids) for text in texts),
-            num_pairs=len(samples) if self._kind == "pairs" else 0,
-        )
-        return MaskedBatch(
-            packed=packed,
-            tokenizer_images=tokenizer_images,
-            patch_rows=_patch_rows(mask),
-            word_rows=word_rows,
-            words=words,
-            pair_words=len(words) if self._kind == "pairs" else 0,
-        )
 
 
 class MaskedDataModeling(Task[MaskedBatch]):
@@ -209,7 +110,10 @@ class MaskedDataModeling(Task[MaskedBatch]):
             f"{config.text_tokenizer} has {len(self.text_tokenizer)} ids, the model {config.model.vocab_size}",
         )
         self.model = PretrainingModel(config.model, visual_tokenizer.config.codebook_size)
-        _freeze_unreached(self.model, config)
+        images, texts, pairs = (stream is not None for stream in (config.images, config.texts, config.pairs))
+        self.model.backbone.freeze_unreached(images=images, texts=texts, pairs=pairs)
+        self.model.mim_head.requires_grad_(images or pairs)
+        self.model.mlm_head.requires_grad_(texts or pairs)
         # Outside the module tree: frozen, with a file of its own, it belongs in no checkpoint.
         self._outside = (visual_tokenizer,)
 
@@ -226,14 +130,11 @@ class MaskedDataModeling(Task[MaskedBatch]):
 
     def train_loader(self, run: Run, rank: int, world_size: int) -> Loader[MaskedBatch]:
         """One batch of every stream for each step, joined."""
-        streams = {kind: stream for kind in _ORDER if (stream := getattr(self.config, kind)) is not None}
+        streams = {kind: stream for kind in KINDS if (stream := getattr(self.config, kind)) is not None}
         crop = self.config.crop
         pair_crop = dataclasses.replace(crop, flip=self.config.pair_flip)
         encoders: dict[str, MaskedEncoder] = {
-            kind: MaskedEncoder(
-                kind, self.config, self.text_tokenizer, RandomCrop(pair_crop if kind == "pairs" else crop)
-            )
-            for kind in streams
+            kind: self.encoder(kind, RandomCrop(pair_crop if kind == "pairs" else crop)) for kind in streams
         }
         loader: StreamLoader[MaskedBatch] = StreamLoader(
             {str(kind): stream for kind, stream in streams.items()},
@@ -246,6 +147,18 @@ class MaskedDataModeling(Task[MaskedBatch]):
         )
         return Joined(loader)
 
+    def encoder(self, kind: Kind, view: Callable[[Image.Image], Views]) -> MaskedEncoder:
+        """What turns samples of a stream into masked batches, with `view` from picture to tensors."""
+        config = self.config
+        return MaskedEncoder(
+            kind,
+            self.text_tokenizer,
+            view,
+            masks=config.mask,
+            grid=config.model.grid,
+            max_text_length=config.max_text_length,
+        )
+
     def forward(self, batch: MaskedBatch) -> dict[str, Tensor]:
         """Losses and accuracies of all parts of the batch."""
         packed = batch.packed
@@ -257,12 +170,12 @@ class MaskedDataModeling(Task[MaskedBatch]):
             codes = self.hidden_codes(batch)
             logits = self.model.mim_head(states.vision[batch.patch_rows])  # (M, K)
             paired = packed.num_pairs * (len(codes) // packed.images.shape[0])
-            values |= _part("pair_mim", logits[:paired], codes[:paired])
-            values |= _part("mim", logits[paired:], codes[paired:])
+            values |= _loss_and_accuracy("pair_mim", logits[:paired], codes[:paired])
+            values |= _loss_and_accuracy("mim", logits[paired:], codes[paired:])
         if packed.text_ids is not None:
             logits = self.model.mlm_head(states.text[batch.word_rows])
-            values |= _part("pair_mlm", logits[: batch.pair_words], batch.words[: batch.pair_words])
-            values |= _part("mlm", logits[batch.pair_words :], batch.words[batch.pair_words :])
+            values |= _loss_and_accuracy("pair_mlm", logits[: batch.pair_words], batch.words[: batch.pair_words])
+            values |= _loss_and_accuracy("mlm", logits[batch.pair_words :], batch.words[batch.pair_words :])
         weights = {
             "mim_loss": self.config.image_weight,
             "mlm_loss": self.config.text_weight,
@@ -290,7 +203,7 @@ class MaskedDataModeling(Task[MaskedBatch]):
             model,
             layout,
             masked_patches=num_images * self.config.mask.num_patches(model.grid),
-            masked_words=len(batch.words),
+            masked_words=batch.hidden_words,
             codebook_size=self.visual_tokenizer.config.codebook_size,
         )
         return Work(num_images, num_images * layout.vision_length + sum(packed.text_lengths), flops)
@@ -317,13 +230,8 @@ class MaskedDataModeling(Task[MaskedBatch]):
             return None
         size = self.config.crop.tokenizer_size
         first, second = EvalResize(self.config.model.image_size), EvalResize(size or 1)
-        encoder = MaskedEncoder(
-            "pairs",
-            self.config,
-            self.text_tokenizer,
-            lambda image: Views(first(image), second(image) if size else None),
-        )
-        return _fixed_batches(run.data / self.config.eval_pairs, encoder, self.config.eval_batch_size, run.seed)
+        encoder = self.encoder("pairs", lambda image: Views(first(image), second(image) if size else None))
+        return fixed_batches(run.data / self.config.eval_pairs, encoder, self.config.eval_batch_size, run.seed)
 
     def evaluate(self, loader: Iterable[MaskedBatch]) -> dict[str, float]:
         """Masked patches and words of held-out pairs, with the right picture, a wrong one, and none.
@@ -349,7 +257,7 @@ class MaskedDataModeling(Task[MaskedBatch]):
                 "wrong_picture": dataclasses.replace(packed, images=turned),
                 "no_picture": dataclasses.replace(packed, images=None, image_mask=None, num_pairs=0),
             }
-            real = batch.words != _IGNORE
+            real = batch.words != IGNORE
             words += int(real.sum())
             for name, view in kinds.items():
                 if view.images is not None:
@@ -367,115 +275,11 @@ class MaskedDataModeling(Task[MaskedBatch]):
         return {**means, "commonest_code": float(codes.bincount().max()) / len(codes)}
 
 
-class Joined:
-    """A StreamLoader whose streams become one batch."""
-
-    def __init__(self, loader: StreamLoader[MaskedBatch]) -> None:
-        self._loader = loader
-
-    @property
-    def skipped(self) -> Counter[str]:
-        """Samples left out so far, by stream and reason."""
-        return self._loader.skipped
-
-    def __iter__(self) -> Iterator[MaskedBatch]:
-        for batches in self._loader:
-            yield join_batches([batches[kind] for kind in _ORDER if kind in batches])
-
-    def state_dict(self) -> dict[str, Any]:
-        """The streams' position."""
-        return self._loader.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a saved position."""
-        self._loader.load_state_dict(state)
-
-
-def join_batches(batches: list[MaskedBatch]) -> MaskedBatch:
-    """Join the batches of the streams into one, pairs first."""
-    patch_rows: list[Tensor] = []
-    word_rows: list[Tensor] = []
-    vision = text = 0
-    for batch in batches:
-        patch_rows.append(batch.patch_rows + vision)
-        word_rows.append(batch.word_rows + text)
-        if batch.packed.image_mask is not None:
-            vision += batch.packed.image_mask.numel() + len(batch.packed.image_mask)
-        text += sum(batch.packed.text_lengths)
-    seconds = [batch.tokenizer_images for batch in batches if batch.tokenizer_images is not None]
-    return MaskedBatch(
-        packed=concat([batch.packed for batch in batches]),
-        tokenizer_images=torch.cat(seconds) if seconds else None,
-        patch_rows=torch.cat(patch_rows),
-        word_rows=torch.cat(word_rows),
-        words=torch.cat([batch.words for batch in batches]),
-        pair_words=sum(batch.pair_words for batch in batches),
-    )
-
-
-def _freeze_unreached(model: PretrainingModel, config: MaskedDataModelingConfig) -> None:
-    """Parts that no stream reaches keep their weights; several ranks would wait for their gradients in vain."""
-    backbone, pairs = model.backbone, config.pairs is not None
-    for name, alone, head in (("vision", config.images, model.mim_head), ("text", config.texts, model.mlm_head)):
-        used = pairs or alone is not None
-        parts = [] if used else [head, getattr(backbone, f"{name}_embedding"), *_part_of(backbone.norm, name)]
-        for block in backbone.layers():
-            if not used:
-                parts += [*_part_of(block.attention_in, name), *_part_of(block.attention_out, name)]
-            if alone is None and (not pairs or "fusion" in block.ffn):
-                parts.append(block.ffn[name])
-            if not pairs:
-                parts += _part_of(block.ffn, "fusion")
-        for part in parts:
-            part.requires_grad_(False)
-
-
-def _part_of(experts: nn.ModuleDict, name: str) -> list[nn.Module]:
-    return [experts[name]] if name in experts else []
-
-
-def _patch_rows(mask: Tensor | None) -> Tensor:
-    """Rows of hidden patches in the vision stream, where every image takes 1 + N rows; mask is (Bi, N) bool."""
-    if mask is None:
-        return torch.empty(0, dtype=torch.int64)
-    image, patch = mask.nonzero(as_tuple=True)
-    return image * (mask.shape[1] + 1) + 1 + patch
-
-
-def _word_targets(texts: list[MaskedText]) -> tuple[Tensor, Tensor]:
-    """Rows and targets of all hidden words of packed texts, padded to a multiple of the bucket."""
-    rows: list[int] = []
-    words: list[int] = []
-    start = 0
-    for text in texts:
-        rows += [start + place for place in text.places]
-        words += text.targets
-        start += len(text.ids)
-    padding = -len(rows) % _BUCKET if rows or not texts else _BUCKET  # texts without words keep the head in use
-    return torch.tensor(rows + [0] * padding, dtype=torch.int64), torch.tensor(
-        words + [_IGNORE] * padding, dtype=torch.int64
-    )
-
-
-def _part(name: str, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
+def _loss_and_accuracy(name: str, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
     """Mean loss and accuracy over one part's hidden positions; nothing for an empty part."""
     if not targets.numel():
         return {}
-    real = (targets != _IGNORE).sum().clamp_min(1)
-    loss = F.cross_entropy(logits.float(), targets, ignore_index=_IGNORE, reduction="sum") / real
+    real = (targets != IGNORE).sum().clamp_min(1)
+    loss = F.cross_entropy(logits.float(), targets, ignore_index=IGNORE, reduction="sum") / real
     accuracy = (logits.detach().argmax(-1) == targets).sum() / real
     return {f"{name}_loss": loss, f"{name}_accuracy": accuracy}
-
-
-def _fixed_batches(folder: Path, encoder: MaskedEncoder, size: int, seed: int) -> Iterable[MaskedBatch]:
-    """Batches of a prepared folder in order, under masks that depend on the seed alone."""
-    outer = random.getstate(), np.random.get_state()
-    random.seed(seed)
-    np.random.seed(seed)
-    try:
-        encoded = [encoder.encode(sample) for sample in load_prepared(folder)]
-        batches = [encoder.collate(encoded[start : start + size]) for start in range(0, len(encoded), size)]
-    finally:
-        random.setstate(outer[0])
-        np.random.set_state(outer[1])
-    return [batch for batch in batches if batch.packed.num_pairs > 1]

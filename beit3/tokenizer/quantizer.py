@@ -80,7 +80,10 @@ class VectorQuantizer(nn.Module):
     def _init_codebook(self, z: Tensor) -> None:
         """K-means on the first batch of all ranks; rank 0's result holds everywhere."""
         sample = _gather(z)
+        sample = sample[sample.isfinite().all(dim=1)]
         num_codes = self.codebook.shape[0]
+        if not sample.shape[0]:
+            return
         if sample.shape[0] < num_codes:
             sample = sample[torch.randint(sample.shape[0], (num_codes,), device=z.device)]
         means = sample[torch.randperm(sample.shape[0], device=z.device)[:num_codes]]
@@ -109,18 +112,19 @@ class VectorQuantizer(nn.Module):
             self._revive(z)
 
     def _revive(self, z: Tensor) -> None:
-        dead = self.idle >= self.revive_after
         fresh = z[torch.randint(z.shape[0], (self.codebook.shape[0],), device=z.device)].clone()
         if dist.is_initialized():
             dist.broadcast(fresh, src=0)
+        dead = (self.idle >= self.revive_after) & fresh.isfinite().all(dim=1)
         self.codebook.copy_(torch.where(dead[:, None], fresh, self.codebook))
         self.idle.masked_fill_(dead, 0)
 
 
 def _totals(z: Tensor, codes: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
-    """Sum (K, C) and number (K,) of the vectors of each code."""
-    sums = torch.zeros(num_codes, z.shape[1], dtype=z.dtype, device=z.device).index_add_(0, codes, z)
-    return sums, torch.bincount(codes, minlength=num_codes).to(z.dtype)
+    """Sum (K, C) and number (K,) of the vectors of each code; what is not finite is left out."""
+    finite = z.isfinite().all(dim=1)
+    sums = z.new_zeros(num_codes, z.shape[1]).index_add_(0, codes, torch.where(finite[:, None], z, 0))
+    return sums, z.new_zeros(num_codes).index_add_(0, codes, finite.to(z.dtype))
 
 
 def _gather(z: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ import torch.distributed as dist
 
 from beit3.errors import ConfigError
 
-_TIMEOUT = timedelta(seconds=120)
+_TIMEOUT = timedelta(minutes=10)
+"""Longest wait for another rank; evaluations on rank 0 must end within it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -148,8 +148,10 @@ def _build(run: Run, ranks: Ranks) -> Trainer:
     """Build everything in the order that makes ranks equal: one seed for weights, then one per rank."""
     _seed(run.seed)
     dtype = choose_precision(run.precision, ranks.device)
+    (narrow,) = ranks.agree(float(dtype == torch.bfloat16))
+    dtype = torch.bfloat16 if narrow else torch.float32
     _seed(run.seed)
-    task = run.task.build(run).to(ranks.device)
+    task = run.task.build().to(ranks.device)
     ema = ModelEmaV3(task, decay=run.optim.ema_decay, use_warmup=True) if run.optim.ema_decay else None
     loader = task.train_loader(run, ranks.rank, ranks.world_size)
     if run.loop.compile:
@@ -248,7 +250,7 @@ def _share_done(trainer: Trainer) -> float:
 
 
 def _summary(trainer: Trainer, meters: Meters, norm: float) -> dict[str, float]:
-    """Means and rates since the last record; counts are of all ranks, loss parts of this one."""
+    """Means and rates since the last record; rates are of all ranks, loss parts and skipped samples of this one."""
     elapsed = time.perf_counter() - meters.started
     size = trainer.ranks.world_size
     values = {name: float(total) / meters.batches for name, total in meters.sums.items()}
@@ -273,8 +275,11 @@ def _evaluate(trainer: Trainer, log: RunLog) -> dict[str, float]:
     if trainer.ranks.is_main and (batches := trainer.task.eval_loader(trainer.run)) is not None:
         task, device = trainer.evaluated, trainer.ranks.device
         task.eval()
+        outer = random.getstate(), np.random.get_state()
         with torch.random.fork_rng(), torch.no_grad(), _autocast(trainer):
             metrics = task.evaluate(trainer.task.move(batch, device) for batch in batches)
+        random.setstate(outer[0])
+        np.random.set_state(outer[1])
         log.record(trainer.progress.step, metrics, event="eval")
         trainer.model.train()
     trainer.ranks.barrier()
@@ -321,24 +326,33 @@ def _resume(trainer: Trainer) -> None:
 
 
 def _open_folder(run: Run, ranks: Ranks) -> None:
-    """Make the run's folder, or check that it belongs to this run."""
-    record = run.folder / RUN_FILE
+    """Make the run's folder, or check that it belongs to this run; all ranks end if it does not."""
+    refused: ConfigError | None = None
     if ranks.is_main:
-        if run.overwrite and run.folder.exists():
-            shutil.rmtree(run.folder)
-        if record.exists() and not run.resume:
-            raise ConfigError(f"{run.folder} holds an earlier run: use --resume, --overwrite or another --name")
-        if record.exists():
-            changed = differences(json.loads(record.read_text()), json.loads(json.dumps(to_plain(run))))
-            changed = [name for name in changed if name not in _FREE_TO_CHANGE]
-            if changed:
-                raise ConfigError(f"{run.folder} was started with other values of {', '.join(changed)}: cannot resume")
-        else:
-            try:
-                run.folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise ConfigError(f"{run.folder} cannot be written ({error.strerror}): choose another --out") from error
-    ranks.barrier()
+        try:
+            _claim_folder(run)
+        except ConfigError as error:
+            refused = error
+    (failed,) = ranks.agree(float(refused is not None))
+    if failed:
+        raise refused or ConfigError("rank 0 refused to start: see its message")
+
+
+def _claim_folder(run: Run) -> None:
+    record = run.folder / RUN_FILE
+    if run.overwrite and run.folder.exists():
+        shutil.rmtree(run.folder)
+    if record.exists() and not run.resume:
+        raise ConfigError(f"{run.folder} holds an earlier run: use --resume, --overwrite or another --name")
+    if record.exists():
+        changed = differences(json.loads(record.read_text()), json.loads(json.dumps(to_plain(run))))
+        changed = [name for name in changed if name not in _FREE_TO_CHANGE]
+        if changed:
+            raise ConfigError(f"{run.folder} was started with other values of {', '.join(changed)}: cannot resume")
+    try:
+        run.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{run.folder} cannot be written ({error.strerror}): choose another --out") from error
 
 
 def _autocast(trainer: Trainer) -> Any:

@@ -29,7 +29,7 @@ class Nothing(TaskConfig):
     folder: Path = Path("a/b")
     pair: tuple[int, int] = (1, 2)
 
-    def build(self, run: Run) -> Task[Any]:
+    def build(self) -> Task[Any]:
         raise NotImplementedError
 
 

@@ -18,14 +18,8 @@ from beit3.data.shards import Sample
 from beit3.data.transforms import CropConfig, EvalResize, RandomCrop, Views
 from beit3.errors import BadSampleError, ConfigError
 from beit3.model.flops import forward_flops
-from beit3.pretrain.masked_data_modeling import (
-    Kind,
-    MaskedBatch,
-    MaskedDataModeling,
-    MaskedDataModelingConfig,
-    MaskedEncoder,
-    join_batches,
-)
+from beit3.pretrain.masked_batches import Kind, MaskedBatch, MaskedEncoder, join_batches
+from beit3.pretrain.masked_data_modeling import MaskedDataModeling, MaskedDataModelingConfig
 from beit3.tokenizer.vqkd import VQKD, VQKDConfig
 
 if TYPE_CHECKING:
@@ -44,7 +38,7 @@ class Drawn:
         self.encoded: dict[str, list[Any]] = {}
         self.batches: dict[str, MaskedBatch] = {}
         for kind, chosen in parts.items():
-            encoder = MaskedEncoder(kind, task.config, task.text_tokenizer, RandomCrop(task.config.crop))
+            encoder = task.encoder(kind, RandomCrop(task.config.crop))
             encoded = [encoder.encode(sample) for sample in chosen]
             self.encoded[kind] = encoded
             self.batches[kind] = encoder.collate(encoded)
@@ -281,7 +275,7 @@ def test_a_sample_that_misses_its_part_is_counted_not_trained(build_mdm: Build) 
     task = build_mdm()
 
     def encoder(kind: Kind) -> MaskedEncoder:
-        return MaskedEncoder(kind, task.config, task.text_tokenizer, RandomCrop(task.config.crop))
+        return task.encoder(kind, RandomCrop(task.config.crop))
 
     with pytest.raises(BadSampleError, match="missing_image"):
         encoder("pairs").encode(Sample("k", None, "a cat"))
@@ -293,7 +287,7 @@ def test_a_sample_that_misses_its_part_is_counted_not_trained(build_mdm: Build) 
 
 def test_long_captions_are_cut_to_the_longest_text(build_mdm: Build) -> None:
     task = build_mdm()
-    encoder = MaskedEncoder("texts", task.config, task.text_tokenizer, RandomCrop(task.config.crop))
+    encoder = task.encoder("texts", RandomCrop(task.config.crop))
     encoded = encoder.encode(Sample("k", None, "a cat and a dog " * 6000))
     assert encoded.text is not None
     assert len(encoded.text.ids) == 24
@@ -303,7 +297,7 @@ def test_long_captions_are_cut_to_the_longest_text(build_mdm: Build) -> None:
 def test_a_text_without_words_trains_on_the_others(build_mdm: Build, samples: list[Sample]) -> None:
     """A caption may tokenize to nothing; its batch still has a finite loss."""
     task = build_mdm()
-    encoder = MaskedEncoder("texts", task.config, task.text_tokenizer, RandomCrop(task.config.crop))
+    encoder = task.encoder("texts", RandomCrop(task.config.crop))
     encoded = encoder.encode(samples[0])
     assert encoded.text is not None
     bare = replace_fields(encoded, text=replace_fields(encoded.text, ids=[0, 2], places=[], targets=[]))
@@ -335,7 +329,7 @@ def test_evaluation_repeats_and_pictures_matter(build_mdm: Build, workspace: Wor
 def test_evaluation_equals_the_plain_computation(build_mdm: Build, workspace: Workspace, samples: list[Sample]) -> None:
     task = build_mdm(eval_pairs="pairs", eval_batch_size=32).eval()
     view = EvalResize(48)
-    encoder = MaskedEncoder("pairs", task.config, task.text_tokenizer, lambda image: Views(view(image), None))
+    encoder = task.encoder("pairs", lambda image: Views(view(image), None))
     encoded = [encoder.encode(sample) for sample in samples[:6]]
     with torch.no_grad():
         metrics = task.evaluate([encoder.collate(encoded[:3]), encoder.collate(encoded[3:])])

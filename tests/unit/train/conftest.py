@@ -28,7 +28,7 @@ class LineConfig(TaskConfig):
     """Forward pass during which SIGTERM arrives."""
     dropout: float = 0.0
 
-    def build(self, run: Run) -> Line:
+    def build(self) -> Line:
         return Line(self)
 
 
