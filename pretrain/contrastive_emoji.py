@@ -34,19 +34,35 @@ def recipe() -> Run:
             text_tokenizer=Path("runs/text_emoji/tokenizer.spm"),
             init_from=Path("runs/mdm_emoji/export"),
             pairs=Stream(sources=(Source(path="pairs"),), batch_size=128),
-            crop=CropConfig(size=48, scale=(0.6, 1.0), flip=0.0, color_jitter=0.4, grayscale=0.1),
+            crop=CropConfig(size=48, scale=(0.8, 1.0), flip=0.0, color_jitter=0.2),
             max_text_length=32,
+            pool="mean",
             keep_patches=0.5,
             eval_pairs="test_vendor",
         ),
         optim=OptimConfig(lr=1.2e-3, warmup_steps=50, weight_decay=0.1, betas=(0.9, 0.98)),
-        loop=LoopConfig(steps=800, log_every=20, save_every=200),
+        loop=LoopConfig(steps=700, log_every=20, save_every=200, num_workers=1),
     )
 
 
 def random() -> Run:
     """From random weights."""
     return replace(recipe(), name="contrastive_emoji_random", **{"task.init_from": None})
+
+
+def full() -> Run:
+    """About 40 minutes on two CPU cores, with stronger augmentation."""
+    return replace(
+        recipe(),
+        **{
+            "task.pairs.batch_size": 256,
+            "task.crop.scale": (0.5, 1.0),
+            "task.crop.grayscale": 0.2,
+            "optim.warmup_steps": 200,
+            "loop.steps": 4000,
+            "loop.save_every": 250,
+        },
+    )
 
 
 def debug() -> Run:

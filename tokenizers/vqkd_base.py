@@ -39,9 +39,7 @@ def decoder3() -> Run:
 def dino() -> Run:
     """DINO ViT-B/16 as teacher."""
     teacher = TeacherConfig(kind="timm", name="vit_base_patch16_224.dino", image_size=224)
-    return replace(
-        recipe(), name="vqkd_base_dino", **{"task.teacher": teacher, "task.tokenizer.teacher_width": 768}
-    )
+    return replace(recipe(), name="vqkd_base_dino", **{"task.teacher": teacher, "task.tokenizer.teacher_width": 768})
 
 
 def debug() -> Run:

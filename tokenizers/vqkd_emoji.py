@@ -38,8 +38,13 @@ def recipe() -> Run:
             eval_images="test_vendor",
         ),
         optim=OptimConfig(lr=1e-3, warmup_steps=20, weight_decay=1e-4, betas=(0.9, 0.99), clip_grad=3.0),
-        loop=LoopConfig(steps=200, log_every=20, save_every=100),
+        loop=LoopConfig(steps=150, log_every=20, save_every=100),
     )
+
+
+def full() -> Run:
+    """Three crops of each picture, five times the steps."""
+    return replace(recipe(), **{"task.cached_crops": 3, "loop.steps": 1000, "loop.save_every": 250})
 
 
 def debug() -> Run:

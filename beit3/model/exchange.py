@@ -110,7 +110,7 @@ class PretrainedModel(nn.Module, ABC):
         """Shape of the transformer."""
 
     @property
-    def head_options(self) -> dict[str, int]:
+    def head_options(self) -> dict[str, Any]:
         """What rebuilding this model needs besides the transformer's configuration."""
         return {}
 

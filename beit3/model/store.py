@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -82,14 +82,14 @@ def load_backbone(backbone: MultiwayTransformer, source: Path) -> None:
     backbone.load_state_dict(_backbone_state(state, task))
 
 
-def _read(source: Path) -> tuple[ModelConfig, dict[str, Tensor], str | None, dict[str, int]]:
+def _read(source: Path) -> tuple[ModelConfig, dict[str, Tensor], str | None, dict[str, Any]]:
     """Configuration, tensors, task and head options of a source."""
     if source.is_dir() and (source / "config.json").is_file():
         settings = read_settings(source)
         config = parse_model_config(settings, source)
         return config, read_tensors(source), settings["task"], settings["heads"]
     converted = official.to_ours(official.read_official(source))
-    return converted.config, converted.state, converted.task, converted.head_options
+    return converted.config, converted.state, converted.task, dict(converted.head_options)
 
 
 def _backbone_state(state: dict[str, Tensor], task: str | None) -> dict[str, Tensor]:
