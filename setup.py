@@ -13,6 +13,7 @@ class BuildWithRecipes(build_py):
     """Copy the recipe folders to `beit3/_recipes` of the build, where `recipe:pretrain/NAME` finds them."""
 
     def run(self) -> None:
+        """Build the package, then add the recipes."""
         super().run()
         if self.editable_mode:
             return  # a clone has the folders themselves
