@@ -18,7 +18,7 @@ $(READY): pyproject.toml setup.py
 	@echo "installing into $(VENV) (PyTorch and its companions take a few minutes)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) --upgrade pip setuptools
-	@$(PIP) --editable '.[quickstart,dev]' --config-settings editable_mode=compat
+	@$(PIP) --editable '.[quickstart,dev]'
 	@touch $@
 
 install: $(READY)
