@@ -54,6 +54,7 @@ def full() -> Run:
     """About 40 minutes on two CPU cores, with stronger augmentation."""
     return replace(
         recipe(),
+        name="contrastive_emoji_full",
         **{
             "task.pairs.batch_size": 256,
             "task.crop.scale": (0.5, 1.0),

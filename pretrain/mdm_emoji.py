@@ -53,7 +53,9 @@ def recipe() -> Run:
 
 def full() -> Run:
     """About 35 minutes on two CPU cores."""
-    return replace(recipe(), **{"optim.warmup_steps": 100, "loop.steps": 2000, "loop.save_every": 250})
+    return replace(
+        recipe(), name="mdm_emoji_full", **{"optim.warmup_steps": 100, "loop.steps": 2000, "loop.save_every": 250}
+    )
 
 
 def debug() -> Run:

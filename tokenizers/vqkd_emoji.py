@@ -44,7 +44,9 @@ def recipe() -> Run:
 
 def full() -> Run:
     """Three crops of each picture, five times the steps."""
-    return replace(recipe(), **{"task.cached_crops": 3, "loop.steps": 1000, "loop.save_every": 250})
+    return replace(
+        recipe(), name="vqkd_emoji_full", **{"task.cached_crops": 3, "loop.steps": 1000, "loop.save_every": 250}
+    )
 
 
 def debug() -> Run:

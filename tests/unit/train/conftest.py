@@ -102,7 +102,7 @@ def tasks(monkeypatch: pytest.MonkeyPatch) -> list[Line]:
     """The Tasks that runs of this test have built, in order."""
     built: list[Line] = []
 
-    def build(self: LineConfig, run: Run) -> Line:
+    def build(self: LineConfig) -> Line:
         built.append(Line(self))
         return built[-1]
 
