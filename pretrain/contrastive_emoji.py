@@ -3,7 +3,7 @@
 Command:  beit3 train pretrain/contrastive_emoji.py --data DATA  (DATA: `beit3 prepare emoji --out DATA`)
 Needs:    runs/mdm_emoji (pretrain/mdm_emoji.py); the variant `random` does not
 Hardware: two CPU cores, about three minutes
-Expected: see the results table of the README
+Expected: the results table of the README
 """
 
 from pathlib import Path

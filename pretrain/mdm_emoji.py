@@ -3,7 +3,7 @@
 Command:  beit3 train pretrain/mdm_emoji.py --data DATA          (DATA: `beit3 prepare emoji --out DATA`)
 Needs:    runs/text_emoji and runs/vqkd_emoji (recipes in tokenizers/)
 Hardware: two CPU cores, about three minutes
-Expected: see the results table of the README
+Expected: the results table of the README
 """
 
 from pathlib import Path

@@ -3,7 +3,7 @@
 Command:  beit3 train tokenizers/vqkd_emoji.py --data DATA       (DATA: `beit3 prepare emoji --out DATA`)
 Hardware: two CPU cores, about two minutes, half of it for the teacher's features (computed once)
 Teacher:  EfficientNet-Lite0 at 96 pixels, stride 16: a 6 x 6 grid of 112 features (the paper's teacher is CLIP-B/16)
-Expected: see the results table of the README
+Expected: the results table of the README
 """
 
 from beit3.config import LoopConfig, OptimConfig, Run, replace
