@@ -74,7 +74,7 @@ class RetrievalModel(TaskModel):
     Args:
         config: of the backbone.
         pool: `first` takes the first token (the released models); `mean` averages patches, or words with `<s>` and
-            `</s>`, which masked data modeling trains directly and which short runs learn from much faster.
+            `</s>`, the states that masked data modeling trains directly.
     """
 
     task = "retrieval"
