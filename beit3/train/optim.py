@@ -11,9 +11,6 @@ from torch.optim import Optimizer
 from beit3.config import OptimConfig
 from beit3.errors import ConfigError
 
-_NOT_HIDDEN = ("*embedding*", "*_head.*")
-"""Parameters that are no hidden matrices: tables and output heads."""
-
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
     """Build the optimizer over the trainable parameters, with layer decay where asked.
@@ -25,9 +22,6 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
     options: dict[str, object] = {}
     if config.name in ("adamw", "adam"):
         options = {"betas": config.betas, "eps": config.eps, "fused": True}
-    elif "muon" in config.name:
-        # Orthogonalised steps suit hidden matrices; timm moves what is listed here, and all vectors, by AdamW.
-        options = {"betas": config.betas, "fallback_list": _NOT_HIDDEN}
     try:
         optimizer: Optimizer = timm.optim.create_optimizer_v2(
             model,
