@@ -36,12 +36,11 @@ def recipe() -> Run:
             pairs=Stream(sources=(Source(path="pairs"),), batch_size=128),
             crop=CropConfig(size=48, scale=(0.8, 1.0), flip=0.0, color_jitter=0.2),
             max_text_length=32,
-            pool="mean",
             keep_patches=0.5,
             eval_pairs="test_vendor",
         ),
-        optim=OptimConfig(lr=1.2e-3, warmup_steps=50, weight_decay=0.1, betas=(0.9, 0.98)),
-        loop=LoopConfig(steps=700, log_every=20, save_every=200, num_workers=1),
+        optim=OptimConfig(name="muon", lr=4.5e-3, warmup_steps=30, weight_decay=0.1),
+        loop=LoopConfig(steps=600, log_every=20, save_every=200, num_workers=1),
     )
 
 

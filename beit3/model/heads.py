@@ -6,7 +6,7 @@ Shapes: B sequences, N patches, T text length, D width, V vocabulary, K codebook
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -65,23 +65,13 @@ class PretrainingModel(TaskModel):
         return out
 
 
-Pool = Literal["first", "mean"]
-
-
 class RetrievalModel(TaskModel):
-    """Dual encoder: one state of each modality's own pass, a linear map, unit length, one learned scale.
-
-    Args:
-        config: of the backbone.
-        pool: `first` takes the first token (the released models); `mean` averages patches, or words with `<s>` and
-            `</s>`, the states that masked data modeling trains directly.
-    """
+    """Dual encoder: the first state of each modality's own pass, a linear map, unit length, one learned scale."""
 
     task = "retrieval"
 
-    def __init__(self, config: ModelConfig, pool: Pool = "first") -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.pool = pool
         self.backbone = MultiwayTransformer(config)
         self.vision_head = nn.Linear(config.width, config.width, bias=False)
         self.language_head = nn.Linear(config.width, config.width, bias=False)
@@ -89,35 +79,23 @@ class RetrievalModel(TaskModel):
             nn.init.trunc_normal_(head.weight, std=0.02)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
-    @property
-    def head_options(self) -> dict[str, Any]:
-        """What rebuilding this model needs besides the transformer's configuration."""
-        return {"pool": self.pool}
-
     def forward(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         """Embed unpaired images and texts of one packed batch: (Bi, D) and (Bt, D), unit length."""
         out: PackedOutput = self.backbone.forward_packed(batch)
-        image, text = out.image_rows()[:, 0], out.first_text_rows
-        if self.pool == "mean":
-            image, text = out.image_rows()[:, 1:].mean(dim=1), out.mean_text_rows
-        return F.normalize(self.vision_head(image), dim=-1), F.normalize(self.language_head(text()), dim=-1)
+        image, text = self.vision_head(out.image_rows()[:, 0]), self.language_head(out.first_text_rows())
+        return F.normalize(image, dim=-1), F.normalize(text, dim=-1)
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Embed images (B, 3, H, W) as (B, D) of unit length."""
         out: Output = self.backbone(images)
         assert out.vision is not None
-        state = out.vision[:, 0] if self.pool == "first" else out.vision[:, 1:].mean(dim=1)
-        return F.normalize(self.vision_head(state), dim=-1)
+        return F.normalize(self.vision_head(out.vision[:, 0]), dim=-1)
 
     def encode_text(self, text_ids: Tensor, text_mask: Tensor | None = None) -> Tensor:
         """Embed texts (B, T) as (B, D) of unit length."""
         out: Output = self.backbone(text_ids=text_ids, text_mask=text_mask)
         assert out.text is not None
-        state = out.text[:, 0]
-        if self.pool == "mean":
-            real = out.text.shape[1] if text_mask is None else text_mask.sum(dim=1, keepdim=True).clamp_min(1)
-            state = out.text.sum(dim=1) / real  # padded states are zero
-        return F.normalize(self.language_head(state), dim=-1)
+        return F.normalize(self.language_head(out.text[:, 0]), dim=-1)
 
 
 AnyModel = MultiwayTransformer | PretrainingModel | RetrievalModel
@@ -145,10 +123,10 @@ def create_model(name: str, task: str | None = None, attention: str = "shared", 
         name: such as `beit3_base_patch16_224`; see `list_models`.
         task: None for the backbone alone, or "pretraining", "retrieval".
         attention: "shared" or "decoupled".
-        **config: further fields of `ModelConfig`, `codebook_size` for pretraining, `pool` for retrieval.
+        **config: further fields of `ModelConfig`, `codebook_size` for pretraining.
 
     Raises:
         ConfigError: unknown name, task or field; the message holds the nearest valid one.
     """
-    options = {option: config.pop(option) for option in ("codebook_size", "pool") if option in config}
+    options = {"codebook_size": config.pop("codebook_size")} if "codebook_size" in config else {}
     return build_model(model_config(name, attention=attention, **config), task, **options)

@@ -52,18 +52,8 @@ class PackedOutput:
 
     def first_text_rows(self) -> Tensor:
         """The state of `<s>` of every text, (Bt, D); texts must not be empty."""
-        lengths = self._lengths()
+        lengths = torch.tensor(self.layout.text_lengths, dtype=torch.int64, device=self.text.device)
         return self.text[lengths.cumsum(0) - lengths]
-
-    def mean_text_rows(self) -> Tensor:
-        """The mean state of every text, (Bt, D); zero for an empty one."""
-        lengths = self._lengths()
-        text = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
-        sums = self.text.new_zeros(len(lengths), self.text.shape[1]).index_add(0, text, self.text)
-        return sums / lengths.clamp_min(1)[:, None].to(sums.dtype)
-
-    def _lengths(self) -> Tensor:
-        return torch.tensor(self.layout.text_lengths, dtype=torch.int64, device=self.text.device)
 
 
 class MultiwayTransformer(PretrainedModel):

@@ -33,7 +33,7 @@ from beit3.data.transforms import CropConfig, EvalResize, RandomCrop, normalize
 from beit3.errors import BadSampleError
 from beit3.metrics.retrieval import recall_at_k
 from beit3.model.flops import forward_flops
-from beit3.model.heads import Pool, RetrievalModel
+from beit3.model.heads import RetrievalModel
 from beit3.model.packing import PackedBatch
 from beit3.model.presets import ModelConfig
 from beit3.model.store import load_backbone
@@ -56,8 +56,6 @@ class ContrastiveConfig(TaskConfig):
     pairs: Stream
     crop: CropConfig
     max_text_length: int = 64
-    pool: Pool = "first"
-    """Which states stand for an image and a text; see `RetrievalModel`."""
     keep_patches: float = 1.0
     """Share of every image's patches that enters the model in training (FLIP)."""
     keyword_texts: float = 0.0
@@ -150,7 +148,7 @@ class Contrastive(Task[PairBatch]):
         super().__init__()
         self.config = config
         self.text_tokenizer = TextTokenizer.load(config.text_tokenizer)
-        self.model = RetrievalModel(config.model, config.pool)
+        self.model = RetrievalModel(config.model)
         if config.init_from is not None:
             load_backbone(self.model.backbone, config.init_from)
         self.model.backbone.freeze_unreached(images=True, texts=True, pairs=False)

@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import timm.optim
+import timm.optim.muon
 import torch
 from timm.scheduler import CosineLRScheduler
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from beit3.config import OptimConfig
 from beit3.errors import ConfigError
 
+_newton_schulz = timm.optim.muon.zeropower_via_newtonschulz
+
+
+def _orthogonalize(update: Tensor, *args: Any, **options: Any) -> Tensor:
+    """Run timm's Newton-Schulz iteration, on a CPU in fp32: its bf16 is emulated by most CPUs, ten times slower."""
+    if update.device.type == "cpu":
+        options["dtype"] = torch.float32
+    turned: Tensor = _newton_schulz(update, *args, **options)
+    return turned
+
+
+timm.optim.muon.zeropower_via_newtonschulz = _orthogonalize
+
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
     """Build the optimizer over the trainable parameters, with layer decay where asked.
+
+    Muon (https://kellerjordan.github.io/posts/muon) turns the matrices inside blocks; its AdamW takes everything else.
 
     Args:
         model: has `no_weight_decay()` and `group_matcher()`, as every Task.
@@ -22,6 +40,9 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
     options: dict[str, object] = {}
     if config.name in ("adamw", "adam"):
         options = {"betas": config.betas, "eps": config.eps, "fused": True}
+    elif "muon" in config.name:
+        outside = [name for name, _ in model.named_parameters() if "blocks." not in name]
+        options = {"betas": config.betas, "fallback_list": outside}
     try:
         optimizer: Optimizer = timm.optim.create_optimizer_v2(
             model,

@@ -113,6 +113,36 @@ def test_options_reach_the_optimizer() -> None:
     assert optimizer.param_groups[0]["eps"] == 1e-4
 
 
+def test_muon_turns_the_matrices_of_blocks_and_adamw_moves_the_rest() -> None:
+    model = RetrievalModel(CONFIG)
+    task = Holder(model)
+    model.backbone.freeze_unreached(images=True, texts=True, pairs=False)
+    optimizer = build_optimizer(task, OptimConfig(name="muon", lr=0.01, betas=(0.8, 0.7)))
+    images, texts = torch.randn(4, 3, 8, 8), torch.randint(4, 20, (4, 5))
+    (model.encode_image(images) * model.encode_text(texts)).sum().backward()
+    optimizer.step()
+    parameters = {name: p for name, p in task.named_parameters() if p.grad is not None}
+    turned = {name for name, p in parameters.items() if "momentum_buffer" in optimizer.state[p]}
+    assert turned == {name for name, p in parameters.items() if ".blocks." in name and p.ndim == 2}
+    assert all(group["betas"] == (0.8, 0.7) for group in optimizer.param_groups)
+
+
+def test_muon_steps_with_the_orthogonal_factor_of_the_gradient_in_full_precision() -> None:
+    layer = nn.Linear(48, 16, bias=False)
+    model, weight = nn.ModuleDict({"blocks": nn.ModuleList([layer])}), layer.weight
+    before, gradient = weight.detach().clone(), torch.randn_like(weight)
+    optimizer = build_optimizer(Holder(model), OptimConfig(name="muon", lr=0.1, weight_decay=0.0))
+    weight.grad = gradient.clone()
+    optimizer.step()
+    step = (before - weight.detach()) / (0.1 * 0.2 * math.sqrt(48))
+    left, _, right = torch.linalg.svd(gradient.double(), full_matrices=False)
+    values = torch.linalg.svdvals(step.double())
+    assert values.min() > 0.6  # the quintic iteration brings all singular values near 1
+    assert values.max() < 1.3
+    turned = left.T @ step.double() @ right.T
+    assert (turned - turned.diagonal().diag()).abs().max() < 1e-4  # bf16 would leave 1e-2
+
+
 def test_an_unknown_optimizer_is_named() -> None:
     with pytest.raises(ConfigError, match="adamww"):
         build_optimizer(Holder(nn.Linear(2, 2)), OptimConfig(name="adamww"))
