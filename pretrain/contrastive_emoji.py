@@ -33,14 +33,14 @@ def recipe() -> Run:
             ),
             text_tokenizer=Path("runs/text_emoji/tokenizer.spm"),
             init_from=Path("runs/mdm_emoji/export"),
-            pairs=Stream(sources=(Source(path="pairs"),), batch_size=128),
+            pairs=Stream(sources=(Source(path="pairs"),), batch_size=256),
             crop=CropConfig(size=48, scale=(0.8, 1.0), flip=0.0, color_jitter=0.2),
             max_text_length=32,
             keep_patches=0.5,
             eval_pairs="test_vendor",
         ),
-        optim=OptimConfig(name="muon", lr=4.5e-3, warmup_steps=30, weight_decay=0.1),
-        loop=LoopConfig(steps=600, log_every=20, save_every=200, num_workers=1),
+        optim=OptimConfig(name="nmuon", lr=6e-3, warmup_steps=30, weight_decay=0.1),
+        loop=LoopConfig(steps=300, log_every=10, save_every=50, num_workers=1),
     )
 
 
@@ -55,7 +55,6 @@ def full() -> Run:
         recipe(),
         name="contrastive_emoji_full",
         **{
-            "task.pairs.batch_size": 256,
             "task.crop.scale": (0.5, 1.0),
             "task.crop.grayscale": 0.2,
             "optim.warmup_steps": 200,

@@ -39,15 +39,15 @@ def recipe() -> Run:
             model=_model(),
             visual_tokenizer=Path("runs/vqkd_emoji/export"),
             text_tokenizer=Path("runs/text_emoji/tokenizer.spm"),
-            pairs=Stream(sources=pairs, batch_size=48),
-            images=Stream(sources=pairs, batch_size=48),
-            texts=Stream(sources=(Source(path="text"),), batch_size=48),
+            pairs=Stream(sources=pairs, batch_size=96),
+            images=Stream(sources=pairs, batch_size=96),
+            texts=Stream(sources=(Source(path="text"),), batch_size=96),
             crop=CropConfig(size=48, scale=(0.5, 1.0), flip=0.5, color_jitter=0.2),
             max_text_length=32,
             eval_pairs="test_vendor",
         ),
-        optim=OptimConfig(name="muon", lr=6e-3, warmup_steps=20, weight_decay=0.05),
-        loop=LoopConfig(steps=300, log_every=20, save_every=150, num_workers=1),
+        optim=OptimConfig(name="nmuon", lr=1e-2, warmup_steps=20, weight_decay=0.05),
+        loop=LoopConfig(steps=150, log_every=10, save_every=50, num_workers=1),
     )
 
 

@@ -37,7 +37,7 @@ def recipe() -> Run:
             cached_crops=1,
             eval_images="test_vendor",
         ),
-        optim=OptimConfig(name="muon", lr=1e-2, warmup_steps=20, weight_decay=1e-4, betas=(0.9, 0.99)),
+        optim=OptimConfig(name="nmuon", lr=1e-2, warmup_steps=20, weight_decay=1e-4, betas=(0.9, 0.99)),
         loop=LoopConfig(steps=150, log_every=20, save_every=100),
     )
 

@@ -1,6 +1,6 @@
 """The whole road in one command: tokenizers, masked data modeling, contrastive tuning, evaluation, a page to look at.
 
-    beit3 quickstart            about eight minutes on two CPU cores
+    beit3 quickstart            about nine minutes on two CPU cores
     beit3 quickstart --full     the longer run; a GPU makes it minutes
 
 Every stage is a recipe of this repository; what is finished is kept, so that `--resume` goes on after an interruption.
@@ -44,6 +44,8 @@ from beit3.train.loop import EXPORT, fit
 from beit3.train.report import Report
 
 _console = Console(stderr=True)
+_MOST_SECONDS = {"visual_tokenizer": 80.0, "pretraining": 180.0, "tuning": 270.0}
+"""Longest training time of the stages: a slower machine takes fewer steps, and ten minutes suffice all the same."""
 PRETRAINED, RANDOM, EQUAL_TIME = "pretrained", "random, equal steps", "random, equal total time"
 
 
@@ -60,6 +62,8 @@ class Plan:
         """A stage's run: the recipe (its `full` variant if asked), with this plan's places and seed."""
         made = load_recipe(f"recipe:{recipe}{':full' if self.full else ''}")
         assert isinstance(made, Run)
+        limit = {} if self.full else {"loop.max_seconds": _MOST_SECONDS.get(name)}
+        changes = {**limit, **changes}
         return replace(made, name=name, data=self.data, out=self.folder, seed=self.seed, resume=True, **changes)
 
     @property
@@ -154,17 +158,24 @@ def _stages(plan: Plan, compare: bool) -> dict[str, Callable[[], Run]]:
         ),
     }
     if compare:
-        alone = {**text, "task.init_from": None}
-        stages["tuning_random"] = lambda: plan.run("pretrain/contrastive_emoji", "tuning_random", **alone)
+
+        def from_random(name: str, steps: int) -> Run:
+            changes = {**text, "task.init_from": None, "loop.steps": steps}
+            return plan.run("pretrain/contrastive_emoji", name, **changes)
 
         def equal_time() -> Run:
-            run = plan.run("pretrain/contrastive_emoji", "tuning_random_equal_time", **alone)
-            spent = {name: _seconds(plan.folder / name) for name in ("visual_tokenizer", "pretraining", "tuning")}
-            steps = round(run.loop.steps * sum(spent.values()) / _seconds(plan.folder / "tuning_random"))
-            return replace(run, **{"loop.steps": steps})
+            spent = sum(_seconds(plan.folder / name) for name in ("visual_tokenizer", "pretraining", "tuning"))
+            alone = plan.folder / "tuning_random"
+            return from_random("tuning_random_equal_time", round(_steps(alone) * spent / _seconds(alone)))
 
+        stages["tuning_random"] = lambda: from_random("tuning_random", _steps(plan.folder / "tuning"))
         stages["tuning_random_equal_time"] = equal_time
     return stages
+
+
+def _steps(folder: Path) -> int:
+    """Steps of a finished run."""
+    return int(read_log(folder)[-1]["step"])
 
 
 def _seconds(folder: Path) -> float:

@@ -31,7 +31,8 @@ timm.optim.muon.zeropower_via_newtonschulz = _orthogonalize
 def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
     """Build the optimizer over the trainable parameters, with layer decay where asked.
 
-    Muon (https://kellerjordan.github.io/posts/muon) turns the matrices inside blocks; its AdamW takes everything else.
+    Muon (https://kellerjordan.github.io/posts/muon; `muon`, with Nesterov momentum `nmuon`) turns the matrices inside
+    blocks; its AdamW takes everything else.
 
     Args:
         model: has `no_weight_decay()` and `group_matcher()`, as every Task.

@@ -113,11 +113,12 @@ def test_options_reach_the_optimizer() -> None:
     assert optimizer.param_groups[0]["eps"] == 1e-4
 
 
-def test_muon_turns_the_matrices_of_blocks_and_adamw_moves_the_rest() -> None:
+@pytest.mark.parametrize("name", ["muon", "nmuon", "adamuon"])
+def test_muon_turns_the_matrices_of_blocks_and_adamw_moves_the_rest(name: str) -> None:
     model = RetrievalModel(CONFIG)
     task = Holder(model)
     model.backbone.freeze_unreached(images=True, texts=True, pairs=False)
-    optimizer = build_optimizer(task, OptimConfig(name="muon", lr=0.01, betas=(0.8, 0.7)))
+    optimizer = build_optimizer(task, OptimConfig(name=name, lr=0.01, betas=(0.8, 0.7)))
     images, texts = torch.randn(4, 3, 8, 8), torch.randint(4, 20, (4, 5))
     (model.encode_image(images) * model.encode_text(texts)).sum().backward()
     optimizer.step()
