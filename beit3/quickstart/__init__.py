@@ -45,7 +45,8 @@ from beit3.train.report import Report
 
 _console = Console(stderr=True)
 _MOST_SECONDS = {"visual_tokenizer": 80.0, "pretraining": 180.0, "tuning": 270.0}
-"""Longest training time of the stages: a slower machine takes fewer steps, and ten minutes suffice all the same."""
+"""Longest training time of the stages: a slower machine takes fewer steps, and ten minutes suffice all the same.
+A comparison and the longer run have no limits."""
 PRETRAINED, RANDOM, EQUAL_TIME = "pretrained", "random, equal steps", "random, equal total time"
 
 
@@ -56,13 +57,15 @@ class Plan:
     folder: Path
     data: Path
     full: bool
+    limited: bool
+    """Whether stages keep to `_MOST_SECONDS`."""
     seed: int
 
     def run(self, recipe: str, name: str, **changes: Any) -> Run:
         """A stage's run: the recipe (its `full` variant if asked), with this plan's places and seed."""
         made = load_recipe(f"recipe:{recipe}{':full' if self.full else ''}")
         assert isinstance(made, Run)
-        limit = {} if self.full else {"loop.max_seconds": _MOST_SECONDS.get(name)}
+        limit = {"loop.max_seconds": _MOST_SECONDS[name]} if self.limited else {}
         changes = {**limit, **changes}
         return replace(made, name=name, data=self.data, out=self.folder, seed=self.seed, resume=True, **changes)
 
@@ -103,7 +106,7 @@ def quickstart(
         )
     started = time.time()
     out.mkdir(parents=True, exist_ok=True)
-    plan = Plan(out, _prepare_data(out, data), full, seed)
+    plan = Plan(out, _prepare_data(out, data), full, not (full or compare), seed)
     _train_text_tokenizer(plan)
     stages = _stages(plan, compare)
     for name, make in stages.items():
@@ -159,23 +162,18 @@ def _stages(plan: Plan, compare: bool) -> dict[str, Callable[[], Run]]:
     }
     if compare:
 
-        def from_random(name: str, steps: int) -> Run:
-            changes = {**text, "task.init_from": None, "loop.steps": steps}
-            return plan.run("pretrain/contrastive_emoji", name, **changes)
+        def from_random(name: str) -> Run:
+            return plan.run("pretrain/contrastive_emoji", name, **text, **{"task.init_from": None})
 
         def equal_time() -> Run:
+            run = from_random("tuning_random_equal_time")
             spent = sum(_seconds(plan.folder / name) for name in ("visual_tokenizer", "pretraining", "tuning"))
-            alone = plan.folder / "tuning_random"
-            return from_random("tuning_random_equal_time", round(_steps(alone) * spent / _seconds(alone)))
+            steps = run.loop.steps * spent / _seconds(plan.folder / "tuning_random")
+            return replace(run, **{"loop.steps": round(steps)})
 
-        stages["tuning_random"] = lambda: from_random("tuning_random", _steps(plan.folder / "tuning"))
+        stages["tuning_random"] = lambda: from_random("tuning_random")
         stages["tuning_random_equal_time"] = equal_time
     return stages
-
-
-def _steps(folder: Path) -> int:
-    """Steps of a finished run."""
-    return int(read_log(folder)[-1]["step"])
 
 
 def _seconds(folder: Path) -> float:
