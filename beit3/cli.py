@@ -123,6 +123,33 @@ def _prepare(arguments: Arguments) -> None:
     _call(prepare, arguments, "beit3 prepare")
 
 
+def _convert(arguments: Arguments) -> None:
+    """Turn a released .pth file into an exchange folder, or back: beit3 convert SOURCE OUT."""
+    from beit3.convert import convert
+
+    def run(source: tyro.conf.Positional[Path], out: tyro.conf.Positional[Path]) -> None:
+        """Turn a released file into an exchange folder, or an exchange folder into a file of the released layout.
+
+        Args:
+            source: `.pth` file of BEiT-3 or of a BEiT v2 tokenizer, or an exchange folder.
+            out: what to write; must not exist.
+        """
+        print(convert(source, out))
+
+    _call(run, arguments, "beit3 convert")
+
+
+def _tokenize(arguments: Arguments) -> None:
+    """Pictures to codes, texts to ids: beit3 tokenize images FOLDER OUT | text FILE ... --tokenizer TOKENIZER."""
+    from beit3.tokenizing import tokenize_images, tokenize_text
+
+    kinds: dict[str, Callable[..., None]] = {"images": tokenize_images, "text": tokenize_text}
+    if not arguments or arguments[0] not in kinds:
+        given = f", not '{arguments[0]}'" if arguments else ""
+        raise ConfigError(f"beit3 tokenize takes images or text{given}: beit3 tokenize images FOLDER OUT --tokenizer T")
+    _call(kinds[arguments[0]], arguments[1:], f"beit3 tokenize {arguments[0]}")
+
+
 def _quickstart(arguments: Arguments) -> None:
     """Train tokenizers and a small BEiT-3 on real pictures, and look at what it learned."""
     from beit3.quickstart import quickstart
@@ -182,7 +209,13 @@ def _field(item: str) -> tuple[str, str]:
     return name, value
 
 
-VERBS: dict[str, Callable[[Arguments], None]] = {"quickstart": _quickstart, "train": _train, "prepare": _prepare}
+VERBS: dict[str, Callable[[Arguments], None]] = {
+    "quickstart": _quickstart,
+    "train": _train,
+    "prepare": _prepare,
+    "tokenize": _tokenize,
+    "convert": _convert,
+}
 
 
 def _help() -> str:

@@ -48,11 +48,9 @@ def load(source: str | Path, device: str | None = None, dtype: torch.dtype | Non
     preprocess = folder / "preprocess.json"
     if not preprocess.is_file():
         raise DataMissingError(f"{preprocess} does not exist: use load_model for a model without preprocessing")
-    return Predictor(
-        model if dtype is None else model.to(dtype),
-        TextTokenizer.load(folder / "tokenizer.spm"),
-        json.loads(preprocess.read_text(encoding="utf-8")),
-    )
+    settings = json.loads(preprocess.read_text(encoding="utf-8"))
+    tokenizer = TextTokenizer.load(folder / "tokenizer.spm") if "max_text_length" in settings else None
+    return Predictor(model if dtype is None else model.to(dtype), tokenizer, settings)
 
 
 class Predictor:
@@ -60,18 +58,29 @@ class Predictor:
 
     Args:
         model: in eval mode.
-        tokenizer: of the model.
+        tokenizer: of the model; None for one that was trained on images alone.
         preprocess: content of `preprocess.json`.
     """
 
-    def __init__(self, model: AnyModel, tokenizer: TextTokenizer, preprocess: dict[str, Any]) -> None:
+    def __init__(self, model: AnyModel, tokenizer: TextTokenizer | None, preprocess: dict[str, Any]) -> None:
         self.model = model.eval()
-        self.tokenizer = tokenizer
-        self.max_text_length = int(preprocess["max_text_length"])
+        self._tokenizer = tokenizer
+        self.max_text_length = int(preprocess.get("max_text_length", 0))
         height, width = preprocess["image_size"]
         self._view = EvalResize((height, width))
         parameter = next(model.parameters())
         self._device, self._dtype = parameter.device, parameter.dtype
+
+    @property
+    def tokenizer(self) -> TextTokenizer:
+        """The text tokenizer.
+
+        Raises:
+            ConfigError: the model was trained on images alone.
+        """
+        if self._tokenizer is None:
+            raise ConfigError("this model was trained on images alone: it has no text tokenizer")
+        return self._tokenizer
 
     @torch.inference_mode()
     def embed_images(self, images: Sequence[ImageInput]) -> Tensor:

@@ -57,6 +57,8 @@ class Sample:
     """The caption or document, not cleaned yet."""
     meta: dict[str, Any] = field(default_factory=dict)
     """The sample's json, without the text."""
+    source: str = ""
+    """Path of the source it was drawn from, as the stream names it."""
 
 
 def to_sample(raw: Mapping[str, Any]) -> Sample:
@@ -80,7 +82,7 @@ def to_sample(raw: Mapping[str, Any]) -> Sample:
             image = part
     if text is None and isinstance(meta.get("text"), str):
         text = meta.pop("text")
-    return Sample(raw["__key__"], image, text, meta)
+    return Sample(raw["__key__"], image, text, meta, raw.get("__subflavors__", {}).get("source", ""))
 
 
 def _load_meta(part: bytes | dict[str, Any]) -> dict[str, Any]:
@@ -121,11 +123,12 @@ def check_folder(folder: Path) -> None:
             raise DataMissingError(f"{folder / name}: {actual} bytes instead of {size}; run `beit3 prepare` again")
 
 
-def open_folder(folder: Path, worker: WorkerConfig, *, training: bool) -> Any:
+def open_folder(folder: Path, worker: WorkerConfig, *, training: bool, source: str = "") -> Any:
     """Open a checked folder as an energon factory of crude samples (raw bytes; `len()` counts its samples)."""
     options: dict[str, Any] = {
         "training": training,
         "worker_config": worker,
+        "subflavors": {"source": source},
         "parallel_shard_iters": _PARALLEL,
         "max_samples_per_sequence": _SEQUENCE if training else None,
     }

@@ -41,6 +41,9 @@ class Source:
     """Folder written by `beit3 prepare`, relative to the run's data folder."""
     weight: float = 1.0
     """Share of this source among the sources of its stream, in samples; the sum need not be 1."""
+    codes: str | None = None
+    """Folder of recorded visual tokens (`beit3 tokenize images`), relative to the run's data folder; None makes them
+    while training. For tasks that hide patches."""
 
     def __post_init__(self) -> None:
         require(bool(self.path), "a source needs the path of a prepared folder")
@@ -199,7 +202,10 @@ class StreamLoader(Generic[T_batch]):
         seed = f"{self._seed}/{name}"
         offset = int.from_bytes(hashlib.sha256(seed.encode()).digest()[:4], "big")
         worker = WorkerConfig(seed_offset=offset, **self._layout)
-        factories = [open_folder(self._data / source.path, worker, training=True) for source in stream.sources]
+        factories = [
+            open_folder(self._data / source.path, worker, training=True, source=source.path)
+            for source in stream.sources
+        ]
         num_workers = worker.world_size * max(1, worker.num_workers)
         total = sum(len(factory) for factory in factories)
         require(

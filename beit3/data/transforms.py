@@ -51,12 +51,14 @@ class CropConfig:
 
 
 class Views(NamedTuple):
-    """One crop at the sizes its readers want; `tokenizer_image` is None where both want the same."""
+    """One crop at the sizes its readers want."""
 
     image: Tensor
     """uint8 (3, S, S)"""
     tokenizer_image: Tensor | None
-    """uint8 (3, S', S') of the same crop, or None"""
+    """uint8 (3, S', S') of the same crop; None where both readers want the same"""
+    box: tuple[int, int, int, int] | None = None
+    """top, left, height, width in pixels of the picture; None: all of it"""
 
 
 class RandomCrop:
@@ -77,16 +79,17 @@ class RandomCrop:
             The crop, uint8 (3, S, S), and the same crop at `tokenizer_size` if that differs.
         """
         settings = self.config
-        top, left, height, width = v2.RandomResizedCrop.get_params(image, self._scale, self._ratio)
+        box = v2.RandomResizedCrop.get_params(image, self._scale, self._ratio)
+        top, left, height, width = box
         region = image.crop((left, top, left + width, top + height))
         flip, gray, *factors = torch.rand(5).tolist()
         view = region.resize((settings.size, settings.size), _BICUBIC)
         matrix = self._color_matrix(view, factors, gray < settings.grayscale)
         mirrored = flip < settings.flip
         if settings.tokenizer_size is None or settings.tokenizer_size == settings.size:
-            return Views(_finish(view, matrix, mirrored), None)
+            return Views(_finish(view, matrix, mirrored), None, box)
         second = region.resize((settings.tokenizer_size, settings.tokenizer_size), _BICUBIC)
-        return Views(_finish(view, matrix, mirrored), _finish(second, matrix, mirrored))
+        return Views(_finish(view, matrix, mirrored), _finish(second, matrix, mirrored), box)
 
     def _color_matrix(self, view: Image.Image, factors: list[float], gray: bool) -> tuple[float, ...] | None:
         """Write brightness, contrast, saturation and greying as one affine map of colours (3 x 4, row by row).

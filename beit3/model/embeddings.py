@@ -37,6 +37,15 @@ def resample_positions(table: Tensor, source: tuple[int, int], target: tuple[int
     return torch.cat([table[:_FIRST_PATCH], resized.flatten(2)[0].T.to(table.dtype)])
 
 
+def cut_patches(images: Tensor, side: int) -> Tensor:
+    """Cut images (Bi, 3, H, W) into patches (Bi, N, 3 P P), row by row, channels first as in a convolution."""
+    count, channels, height, width = images.shape
+    grid = (height // side, width // side)
+    # (Bi, 3, h, P, w, P) -> (Bi, h, w, 3, P, P)
+    cut = images.view(count, channels, grid[0], side, grid[1], side).permute(0, 2, 4, 1, 3, 5)
+    return cut.reshape(count, grid[0] * grid[1], -1)
+
+
 class VisionEmbedding(nn.Module):
     """Patches as one linear map, mask token, class token, positions: (Bi, 3, H, W) -> (Bi (1 + N), D)."""
 
@@ -68,9 +77,7 @@ class VisionEmbedding(nn.Module):
         wanted = (count, grid[0] * grid[1])
         if image_mask is not None and (image_mask.dtype != torch.bool or image_mask.shape != wanted):
             raise ValueError(f"image_mask must be bool {wanted}, not {image_mask.dtype} {tuple(image_mask.shape)}")
-        # (Bi, 3, h, P, w, P) -> (Bi, h, w, 3, P, P): each patch as one row, channels first as in a convolution.
-        cut = images.view(count, 3, grid[0], side, grid[1], side).permute(0, 2, 4, 1, 3, 5)
-        pixels = cut.reshape(count, grid[0] * grid[1], -1)
+        pixels = cut_patches(images, side)
         if kept is not None:
             pixels = pixels.gather(1, kept[..., None].expand(-1, -1, pixels.shape[2]))
             image_mask = None if image_mask is None else image_mask.gather(1, kept)

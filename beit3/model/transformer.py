@@ -10,8 +10,8 @@ padded form of the public API and packs and unpacks around it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,8 @@ class PackedOutput:
     """(Nt, D)."""
     layout: Layout
     """Which rows belong to which sequence."""
+    inner: Mapping[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """(Nv, D) and (Nt, D) after the layers asked for, before any final norm; the first layer is 1."""
 
     def image_rows(self) -> Tensor:
         """The vision stream as (Bi, 1 + N, D)."""
@@ -119,12 +121,15 @@ class MultiwayTransformer(PretrainedModel):
         back = order.argsort()
         return Output(packed.image_rows()[back], text)
 
-    def forward_packed(self, batch: PackedBatch, backend: Backend | None = None) -> PackedOutput:
+    def forward_packed(
+        self, batch: PackedBatch, backend: Backend | None = None, layers: Collection[int] = ()
+    ) -> PackedOutput:
         """Encode any mixture of images, texts and pairs.
 
         Args:
             batch: the sequences, without padding.
             backend: attention backend; None takes the one measured fastest.
+            layers: layers (from 1) whose states are returned as well.
 
         Returns:
             (Nv, D) and (Nt, D) states in the order of the batch.
@@ -133,15 +138,18 @@ class MultiwayTransformer(PretrainedModel):
         plan = plan_attention(layout, vision, backend)
         drops = self.training and self.config.drop_path > 0
         sequence_ids = layout.sequence_ids(vision.device) if drops else None
-        for block in self.blocks:
+        inner: dict[int, tuple[Tensor, Tensor]] = {}
+        for number, block in enumerate(self.blocks, start=1):
             if self.config.activation_checkpointing and self.training:
                 vision, text = checkpoint(block, vision, text, plan, sequence_ids, use_reentrant=False)
             else:
                 vision, text = block(vision, text, plan, sequence_ids)
+            if number in layers:
+                inner[number] = vision, text
         if self.config.final_norm:
             vision = self.norm["vision"](vision) if vision.shape[0] else vision
             text = self.norm["text"](text) if text.shape[0] else text
-        return PackedOutput(vision, text, layout)
+        return PackedOutput(vision, text, layout, inner)
 
     def embed(self, batch: PackedBatch) -> tuple[Tensor, Tensor, Layout]:
         """Turn a packed batch into the two streams (Nv, D), (Nt, D) and their layout."""
@@ -163,28 +171,9 @@ class MultiwayTransformer(PretrainedModel):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Initialise for sub-LN (Magneto, arXiv 2210.06423, section 2.3).
-
-        Matrices are Xavier-normal; values, output projections and both feed-forward matrices are scaled by
-        sqrt(ln(2 L)). (The official wrapper computes this gain and then overwrites it.) Embeddings are small enough
-        for the first blocks to move them.
-        """
-        gain = math.sqrt(math.log(2 * self.config.num_layers)) if self.config.num_layers > 1 else 1.0
-        width = self.config.width
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_normal_(module.weight)
-                nn.init.zeros_(module.bias)
-        for module in self.modules():  # a second walk: the first one reaches a Linear after the module that owns it
-            if isinstance(module, AttentionInput):
-                for part, scale in zip(module.qkv.weight.chunk(3), (1.0, 1.0, gain), strict=True):
-                    nn.init.xavier_normal_(part, gain=scale)
-            elif isinstance(module, AttentionOutput):
-                nn.init.xavier_normal_(module.out.weight, gain=gain)
-            elif isinstance(module, FeedForward):
-                nn.init.xavier_normal_(module.fc1.weight, gain=gain)
-                nn.init.xavier_normal_(module.fc2.weight, gain=gain)
-        embedding, std = self.vision_embedding, width**-0.5
+        """Initialise blocks for sub-LN, and embeddings small enough for the first blocks to move them."""
+        init_sub_ln(self, self.config.num_layers)
+        embedding, std = self.vision_embedding, self.config.width**-0.5
         for vector in (embedding.cls_token, embedding.mask_token, embedding.positions, self.text_embedding.positions):
             nn.init.trunc_normal_(vector, std=std, a=-2 * std, b=2 * std)
         nn.init.normal_(self.text_embedding.words.weight, std=std)
@@ -225,6 +214,33 @@ class MultiwayTransformer(PretrainedModel):
     def no_weight_decay(self) -> set[str]:
         """Names of matrices that weight decay leaves alone (vectors and biases always are)."""
         return {"vision_embedding.positions", "text_embedding.positions"}
+
+
+@torch.no_grad()
+def init_sub_ln(module: nn.Module, num_layers: int) -> None:
+    """Initialise all matrices of a module for sub-LN (Magneto, arXiv 2210.06423, section 2.3).
+
+    Matrices are Xavier-normal; values, output projections and both feed-forward matrices are scaled by
+    sqrt(ln(2 L)). (The official wrapper computes this gain and then overwrites it.)
+
+    Args:
+        module: holds blocks.
+        num_layers: L of the whole network.
+    """
+    gain = math.sqrt(math.log(2 * num_layers)) if num_layers > 1 else 1.0
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.xavier_normal_(part.weight)
+            nn.init.zeros_(part.bias)
+    for part in module.modules():  # a second walk: the first one reaches a Linear after the module that owns it
+        if isinstance(part, AttentionInput):
+            for matrix, scale in zip(part.qkv.weight.chunk(3), (1.0, 1.0, gain), strict=True):
+                nn.init.xavier_normal_(matrix, gain=scale)
+        elif isinstance(part, AttentionOutput):
+            nn.init.xavier_normal_(part.out.weight, gain=gain)
+        elif isinstance(part, FeedForward):
+            nn.init.xavier_normal_(part.fc1.weight, gain=gain)
+            nn.init.xavier_normal_(part.fc2.weight, gain=gain)
 
 
 def _present(experts: nn.ModuleDict, name: str) -> list[nn.Module]:

@@ -7,7 +7,7 @@ Shapes: B images, S side, N patches, C teacher features.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,8 @@ class ImageTokenizerConfig(TaskConfig):
     eval_images: str | None = None
     """Prepared folder to measure use of the codebook and similarity on, relative to the run's data folder."""
     eval_batch_size: int = 128
+    least_use: float = 0.5
+    """An alarm line is written whenever a smaller share of the codes is in use."""
 
     def __post_init__(self) -> None:
         require(
@@ -155,16 +157,26 @@ class ImageTokenizer(Task[CropBatch]):
         )
 
     def forward(self, batch: CropBatch) -> dict[str, Tensor]:
-        """Distillation and commitment loss, and the state of the codebook."""
+        """Distillation and commitment loss, and the state of the codebook.
+
+        `quantization_error` is the mean squared distance of a unit vector from its code, 2 - 2 cos.
+        """
         decoded, _, commitment = self.model(batch.images.float() / 255)
         distillation = distillation_loss(decoded, self._features(batch))
-        statistics = self.model.quantize.statistics()
         return {
             "loss": distillation + commitment,
             "distillation_loss": distillation,
             "commitment_loss": commitment,
-            **{name: torch.tensor(value) for name, value in statistics.items()},
+            "quantization_error": commitment.detach() * self.config.tokenizer.code_width,
+            **self.model.quantize.statistics(),
         }
+
+    def alarms(self, values: Mapping[str, float]) -> list[str]:
+        """Warn of a codebook that collapses."""
+        use, least = values["codebook_use"], self.config.least_use
+        if use >= least:
+            return []
+        return [f"only {use:.1%} of the codes are in use (bound {least:.0%}): the codebook collapses"]
 
     def work(self, batch: CropBatch) -> Work:
         """Images, patches and the operations of encoder and decoder (matrix products, 3 x forward)."""

@@ -6,9 +6,10 @@ M hidden patches and Mw hidden words of a batch.
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,16 +24,19 @@ from beit3.data.shards import Sample, load_prepared
 from beit3.data.streams import StreamLoader
 from beit3.data.texts import clean_text
 from beit3.data.transforms import Views
+from beit3.data.visual_codes import CodeTable, draw_crop
 from beit3.errors import BadSampleError
 from beit3.model.packing import PackedBatch, concat
 from beit3.pretrain.masking import MaskConfig, MaskedText, block_mask, mask_text
 from beit3.tokenizer.text import TextTokenizer
+from beit3.tokenizer.vqkd import VQKD
 
 Kind = Literal["pairs", "images", "texts"]
 KINDS: tuple[Kind, ...] = ("pairs", "images", "texts")
 """In the order of a joined batch: pairs lead."""
 IGNORE = -100
 """Target of padding."""
+_TENSORS = ("tokenizer_images", "codes", "patch_rows", "word_rows", "words")
 _BUCKET = 64
 """Numbers of hidden words are rounded up to a multiple of this, so that shapes repeat."""
 
@@ -45,6 +49,8 @@ class MaskedBatch:
     """Images are uint8 here."""
     tokenizer_images: Tensor | None
     """(Bi, 3, S', S') uint8, the same crops for the visual tokenizer; None: the model's own images."""
+    codes: Tensor | None
+    """(M,) int64 visual tokens of the hidden patches where they were recorded; None: the tokenizer makes them."""
     patch_rows: Tensor
     """(M,) int64, rows of the vision stream with hidden patches, equally many of every image."""
     word_rows: Tensor
@@ -56,12 +62,19 @@ class MaskedBatch:
     hidden_words: int
     """Hidden words without padding."""
 
+    def to(self, device: torch.device) -> MaskedBatch:
+        """Copy the tensors to a device."""
+        values = {name: value for name in _TENSORS if (value := getattr(self, name)) is not None}
+        moved = {name: value.to(device) for name, value in values.items()}
+        return dataclasses.replace(self, packed=self.packed.to(device), **moved)
+
 
 @dataclass(frozen=True, slots=True)
 class _Encoded:
-    views: Views | None
-    mask: Tensor | None
-    text: MaskedText | None
+    views: Views | None = None
+    codes: Tensor | None = None
+    mask: Tensor | None = None
+    text: MaskedText | None = None
 
 
 class MaskedEncoder:
@@ -69,8 +82,9 @@ class MaskedEncoder:
 
     Args:
         kind: which parts of a sample are used.
-        tokenizer: for texts.
+        tokenizer: for texts; None where there are none.
         view: picture to tensors.
+        codes: recorded visual tokens by the path of the source; then crops are the recorded ones. Empty: none.
         masks: how much is hidden.
         grid: rows and columns of patches.
         max_text_length: most ids of a text.
@@ -79,9 +93,10 @@ class MaskedEncoder:
     def __init__(
         self,
         kind: Kind,
-        tokenizer: TextTokenizer,
+        tokenizer: TextTokenizer | None,
         view: Callable[[Image.Image], Views],
         *,
+        codes: Mapping[str, CodeTable],
         masks: MaskConfig,
         grid: tuple[int, int],
         max_text_length: int,
@@ -89,36 +104,51 @@ class MaskedEncoder:
         self._kind = kind
         self._tokenizer = tokenizer
         self._view = view
+        self._codes = codes
         self._masks = masks
         self._grid = grid
         self._max_text_length = max_text_length
 
     def encode(self, sample: Sample) -> _Encoded:
         """Decode, crop, tokenize and mask one sample."""
-        views = mask = text = None
+        views = codes = mask = text = None
         masks, grid = self._masks, self._grid
         if self._kind != "texts":
             if sample.image is None:
                 raise BadSampleError("missing_image", sample.key)
-            views = self._view(decode_image(sample.image))
+            views, codes = self._look(sample, decode_image(sample.image))
             hidden = block_mask(grid, masks.num_patches(grid), masks.smallest_block)
             mask = torch.from_numpy(hidden.reshape(-1))
         if self._kind != "images":
+            assert self._tokenizer is not None
             ids = self._tokenizer.encode(clean_text(sample.text), self._max_text_length)
             text = mask_text(ids, masks.pair_words if self._kind == "pairs" else masks.words, self._tokenizer, masks)
-        return _Encoded(views, mask, text)
+        return _Encoded(views, codes, mask, text)
+
+    def _look(self, sample: Sample, image: Image.Image) -> tuple[Views, Tensor | None]:
+        """A new crop, or a recorded one with its codes (N,)."""
+        if not self._codes:
+            return self._view(image), None
+        crops = self._codes[sample.source].find(sample.key)
+        crop = crops[random.randrange(len(crops))]
+        views = draw_crop(self._view, image, int(crop["seed"]))
+        if views.box != tuple(crop["box"].tolist()):
+            raise BadSampleError("stale_crop", f"{sample.key}: its seed gives {views.box}, recorded {crop['box']}")
+        return views._replace(tokenizer_image=None), torch.from_numpy(crop["codes"].astype(np.int64))
 
     def collate(self, samples: list[_Encoded]) -> MaskedBatch:
         """Pack samples, shortest text first."""
         if self._kind != "images":
             samples = sorted(samples, key=lambda sample: len(sample.text.ids) if sample.text else 0)
-        images = mask = tokenizer_images = None
+        images = mask = codes = tokenizer_images = None
         if self._kind != "texts":
             views = [sample.views for sample in samples if sample.views is not None]
             images = torch.stack([view.image for view in views])
             second = [view.tokenizer_image for view in views if view.tokenizer_image is not None]
             tokenizer_images = torch.stack(second) if second else None
             mask = torch.stack([sample.mask for sample in samples if sample.mask is not None])
+            recorded = [sample.codes for sample in samples if sample.codes is not None]
+            codes = torch.stack(recorded)[mask] if recorded else None
         texts = [sample.text for sample in samples if sample.text is not None]
         word_rows, words = _word_targets(texts)
         packed = PackedBatch(
@@ -132,6 +162,7 @@ class MaskedEncoder:
         return MaskedBatch(
             packed=packed,
             tokenizer_images=tokenizer_images,
+            codes=codes,
             patch_rows=_patch_rows(mask),
             word_rows=word_rows,
             words=words,
@@ -176,15 +207,29 @@ def join_batches(batches: list[MaskedBatch]) -> MaskedBatch:
             vision += batch.packed.image_mask.numel() + len(batch.packed.image_mask)
         text += sum(batch.packed.text_lengths)
     seconds = [batch.tokenizer_images for batch in batches if batch.tokenizer_images is not None]
+    codes = [batch.codes for batch in batches if batch.codes is not None]
     return MaskedBatch(
         packed=concat([batch.packed for batch in batches]),
         tokenizer_images=torch.cat(seconds) if seconds else None,
+        codes=torch.cat(codes) if codes else None,
         patch_rows=torch.cat(patch_rows),
         word_rows=torch.cat(word_rows),
         words=torch.cat([batch.words for batch in batches]),
         pair_words=sum(batch.pair_words for batch in batches),
         hidden_words=sum(batch.hidden_words for batch in batches),
     )
+
+
+@torch.no_grad()
+def hidden_codes(batch: MaskedBatch, tokenizer: VQKD) -> Tensor:
+    """Visual tokens (M,) of the hidden patches: recorded ones, or the tokenizer's."""
+    if batch.codes is not None:
+        return batch.codes
+    images = batch.packed.images if batch.tokenizer_images is None else batch.tokenizer_images
+    assert images is not None
+    codes = tokenizer.tokenize(images)
+    image, row = batch.patch_rows // (codes.shape[1] + 1), batch.patch_rows % (codes.shape[1] + 1)
+    return codes[image, row - 1]
 
 
 def _patch_rows(mask: Tensor | None) -> Tensor:
@@ -221,4 +266,4 @@ def fixed_batches(folder: Path, encoder: MaskedEncoder, size: int, seed: int) ->
     finally:
         random.setstate(outer[0])
         np.random.set_state(outer[1])
-    return [batch for batch in batches if batch.packed.num_pairs > 1]
+    return batches

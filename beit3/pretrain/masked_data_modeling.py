@@ -12,7 +12,7 @@ Heads and losses touch hidden positions only. All three streams go through the m
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor
 from beit3.config import Run, TaskConfig, config, require
 from beit3.data.streams import Stream, StreamLoader
 from beit3.data.transforms import CropConfig, EvalResize, RandomCrop, Views, normalize
+from beit3.data.visual_codes import CodeTable, open_codes
 from beit3.model.flops import forward_flops
 from beit3.model.heads import PretrainingModel
 from beit3.model.presets import ModelConfig
@@ -35,8 +36,10 @@ from beit3.pretrain.masked_batches import (
     MaskedBatch,
     MaskedEncoder,
     fixed_batches,
+    hidden_codes,
 )
 from beit3.pretrain.masking import MaskConfig
+from beit3.tokenizer.official import load_visual_tokenizer
 from beit3.tokenizer.text import TextTokenizer
 from beit3.tokenizer.vqkd import VQKD
 from beit3.train.task import Loader, Task, Work
@@ -48,7 +51,7 @@ class MaskedDataModelingConfig(TaskConfig):
 
     model: ModelConfig
     visual_tokenizer: Path
-    """Exchange folder of a VQ-KD tokenizer; its grid must be the model's."""
+    """Exchange folder or released file of a VQ-KD tokenizer; its grid must be the model's."""
     text_tokenizer: Path
     """A `.spm` file."""
     pairs: Stream | None = None
@@ -77,6 +80,13 @@ class MaskedDataModelingConfig(TaskConfig):
             (self.crop.size, self.crop.size) == self.model.image_size,
             f"crop.size ({self.crop.size}) must be the model's image_size {self.model.image_size}",
         )
+        recorded = {
+            source.codes is not None
+            for stream in (self.pairs, self.images)
+            if stream is not None
+            for source in stream.sources
+        }
+        require(len(recorded) < 2, "either all sources of pairs and images have `codes`, or none has")
         require(
             2 < self.max_text_length <= self.model.max_text_length,
             f"max_text_length must lie in 3..{self.model.max_text_length}, not {self.max_text_length}",
@@ -94,17 +104,8 @@ class MaskedDataModeling(Task[MaskedBatch]):
         super().__init__()
         self.config = config
         self.text_tokenizer = TextTokenizer.load(config.text_tokenizer)
-        visual_tokenizer = VQKD.load(config.visual_tokenizer)
-        grid = visual_tokenizer.config.grid
-        require(
-            grid == config.model.grid,
-            f"the visual tokenizer {config.visual_tokenizer} has a grid of {grid} codes, the model one of "
-            f"{config.model.grid} patches: choose crop.tokenizer_size and model sizes that agree",
-        )
-        require(
-            visual_tokenizer.config.image_size[0] == (config.crop.tokenizer_size or config.crop.size),
-            f"crop.tokenizer_size must be the visual tokenizer's image size {visual_tokenizer.config.image_size}",
-        )
+        visual_tokenizer = load_visual_tokenizer(config.visual_tokenizer)
+        visual_tokenizer.check_fits(config.model.grid, config.crop.tokenizer_size or config.crop.size)
         require(
             len(self.text_tokenizer) <= config.model.vocab_size,
             f"{config.text_tokenizer} has {len(self.text_tokenizer)} ids, the model {config.model.vocab_size}",
@@ -133,9 +134,11 @@ class MaskedDataModeling(Task[MaskedBatch]):
         streams = {kind: stream for kind in KINDS if (stream := getattr(self.config, kind)) is not None}
         crop = self.config.crop
         pair_crop = dataclasses.replace(crop, flip=self.config.pair_flip)
-        encoders: dict[str, MaskedEncoder] = {
-            kind: self.encoder(kind, RandomCrop(pair_crop if kind == "pairs" else crop)) for kind in streams
-        }
+        encoders: dict[str, MaskedEncoder] = {}
+        for kind, stream in streams.items():
+            own = pair_crop if kind == "pairs" else crop
+            codes = open_codes(stream, run.data, self.config.visual_tokenizer, own)
+            encoders[kind] = self.encoder(kind, RandomCrop(own), codes)
         loader: StreamLoader[MaskedBatch] = StreamLoader(
             {str(kind): stream for kind, stream in streams.items()},
             encoders,
@@ -147,13 +150,16 @@ class MaskedDataModeling(Task[MaskedBatch]):
         )
         return Joined(loader)
 
-    def encoder(self, kind: Kind, view: Callable[[Image.Image], Views]) -> MaskedEncoder:
+    def encoder(
+        self, kind: Kind, view: Callable[[Image.Image], Views], codes: Mapping[str, CodeTable] | None = None
+    ) -> MaskedEncoder:
         """What turns samples of a stream into masked batches, with `view` from picture to tensors."""
         config = self.config
         return MaskedEncoder(
             kind,
             self.text_tokenizer,
             view,
+            codes=codes or {},
             masks=config.mask,
             grid=config.model.grid,
             max_text_length=config.max_text_length,
@@ -185,14 +191,9 @@ class MaskedDataModeling(Task[MaskedBatch]):
         parts = [weight * values[name] for name, weight in weights.items() if name in values]
         return {"loss": torch.stack(parts).sum(), **values}
 
-    @torch.no_grad()
     def hidden_codes(self, batch: MaskedBatch) -> Tensor:
         """Visual tokens (M,) of the hidden patches."""
-        images = batch.packed.images if batch.tokenizer_images is None else batch.tokenizer_images
-        assert images is not None
-        codes = self.visual_tokenizer.tokenize(images.float() / 255)
-        image, row = batch.patch_rows // (codes.shape[1] + 1), batch.patch_rows % (codes.shape[1] + 1)
-        return codes[image, row - 1]
+        return hidden_codes(batch, self.visual_tokenizer)
 
     def work(self, batch: MaskedBatch) -> Work:
         """Images, tokens and useful operations of a step; the visual tokenizer's are not counted."""
@@ -210,15 +211,7 @@ class MaskedDataModeling(Task[MaskedBatch]):
 
     def move(self, batch: MaskedBatch, device: torch.device) -> MaskedBatch:
         """Copy a batch to the device."""
-        tokenizer_images = batch.tokenizer_images
-        return dataclasses.replace(
-            batch,
-            packed=batch.packed.to(device),
-            tokenizer_images=None if tokenizer_images is None else tokenizer_images.to(device),
-            patch_rows=batch.patch_rows.to(device),
-            word_rows=batch.word_rows.to(device),
-            words=batch.words.to(device),
-        )
+        return batch.to(device)
 
     def save(self, folder: Path) -> None:
         """Write the model with its text tokenizer and preprocessing."""
@@ -231,7 +224,8 @@ class MaskedDataModeling(Task[MaskedBatch]):
         size = self.config.crop.tokenizer_size
         first, second = EvalResize(self.config.model.image_size), EvalResize(size or 1)
         encoder = self.encoder("pairs", lambda image: Views(first(image), second(image) if size else None))
-        return fixed_batches(run.data / self.config.eval_pairs, encoder, self.config.eval_batch_size, run.seed)
+        batches = fixed_batches(run.data / self.config.eval_pairs, encoder, self.config.eval_batch_size, run.seed)
+        return [batch for batch in batches if batch.packed.num_pairs > 1]  # a single pair has no wrong picture
 
     def evaluate(self, loader: Iterable[MaskedBatch]) -> dict[str, float]:
         """Masked patches and words of held-out pairs, with the right picture, a wrong one, and none.

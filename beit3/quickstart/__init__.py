@@ -168,7 +168,7 @@ def _stages(plan: Plan, compare: bool) -> dict[str, Callable[[], Run]]:
         def equal_time() -> Run:
             run = from_random("tuning_random_equal_time")
             spent = sum(_seconds(plan.folder / name) for name in ("visual_tokenizer", "pretraining", "tuning"))
-            steps = run.loop.steps * spent / _seconds(plan.folder / "tuning_random")
+            steps = run.loop.steps * spent / _seconds(plan.folder / "tuning")
             return replace(run, **{"loop.steps": round(steps)})
 
         stages["tuning_random"] = lambda: from_random("tuning_random")

@@ -67,13 +67,18 @@ class VectorQuantizer(nn.Module):
         """Codes (M,) of unit vectors (M, C), a chunk at a time."""
         return torch.cat([(part @ self.codebook.T).argmax(dim=1) for part in z.split(_CHUNK)])
 
-    def statistics(self) -> dict[str, float]:
-        """Share of codes in use, and perplexity, of the moving average of use."""
+    def statistics(self) -> dict[str, Tensor]:
+        """State of the moving average of use, as scalars: share of codes in use, dead codes, perplexity.
+
+        A code is dead when fewer than a hundredth of an equal share of the vectors choose it.
+        """
         share = self.usage / self.usage.sum().clamp_min(1e-12)
+        used = share > 0.01 / share.numel()
         entropy = -(share * share.clamp_min(1e-12).log()).sum()
         return {
-            "codebook_use": float((share > 0.01 / share.numel()).float().mean()),
-            "perplexity": float(entropy.exp()),
+            "codebook_use": used.float().mean(),
+            "dead_codes": (~used).sum().float(),
+            "perplexity": entropy.exp(),
         }
 
     @torch.no_grad()
@@ -112,10 +117,15 @@ class VectorQuantizer(nn.Module):
             self._revive(z)
 
     def _revive(self, z: Tensor) -> None:
-        fresh = z[torch.randint(z.shape[0], (self.codebook.shape[0],), device=z.device)].clone()
+        """Restart idle codes at vectors drawn from all ranks; rank 0's draw holds everywhere."""
+        dead = self.idle >= self.revive_after
+        if not bool(dead.any()):
+            return
+        live = _gather(z)
+        fresh = live[torch.randint(live.shape[0], (self.codebook.shape[0],), device=z.device)]
         if dist.is_initialized():
             dist.broadcast(fresh, src=0)
-        dead = (self.idle >= self.revive_after) & fresh.isfinite().all(dim=1)
+        dead &= fresh.isfinite().all(dim=1)
         self.codebook.copy_(torch.where(dead[:, None], fresh, self.codebook))
         self.idle.masked_fill_(dead, 0)
 

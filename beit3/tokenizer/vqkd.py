@@ -9,13 +9,14 @@ Encoder and decoder are timm's BEiT transformers with absolute positions, as in 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.models.beit import Beit
 from torch import Tensor, nn
 
-from beit3.config import config, require, to_plain
+from beit3.config import config, nearest, replace, require, to_plain
 from beit3.errors import ConfigError
 from beit3.model.exchange import read_settings, read_tensors, write_folder
 from beit3.tokenizer.quantizer import VectorQuantizer
@@ -59,6 +60,30 @@ class VQKDConfig:
         return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
 
 
+_PRESETS = {
+    "vqkd_base_clip": VQKDConfig(teacher_width=512),
+    "vqkd_base_dino": VQKDConfig(teacher_width=768),
+    "vqkd_small": VQKDConfig(width=384, num_heads=6),
+    "vqkd_tiny": VQKDConfig(width=192, num_heads=3),
+}
+
+
+def vqkd_config(name: str, **changes: Any) -> VQKDConfig:
+    """Shape of a tokenizer of the catalogue.
+
+    Args:
+        name: `vqkd_base_clip` and `vqkd_base_dino` are BEiT v2's (for the tokenizer it pretrains with, pass
+            `decoder_depth=3`); `vqkd_small` and `vqkd_tiny` are narrower, for CLIP's features.
+        **changes: other values of fields.
+
+    Raises:
+        ConfigError: unknown name or field; the message holds the nearest valid one.
+    """
+    if name not in _PRESETS:
+        raise ConfigError(f"no visual tokenizer '{name}'; {nearest(name, _PRESETS)}")
+    return replace(_PRESETS[name], **changes)
+
+
 class VQKD(nn.Module):
     """Encoder, quantizer and decoder."""
 
@@ -92,7 +117,7 @@ class VQKD(nn.Module):
         """Encode, quantize, decode.
 
         Args:
-            images: (B, 3, H, W) float in [0, 1].
+            images: (B, 3, H, W) float in [0, 1], or uint8.
 
         Returns:
             rebuilt teacher features (B, N, C), codes (B, N), commitment loss ().
@@ -105,7 +130,7 @@ class VQKD(nn.Module):
 
     @torch.no_grad()
     def tokenize(self, images: Tensor) -> Tensor:
-        """Codes (B, N) int64 of images (B, 3, H, W), float in [0, 1]."""
+        """Codes (B, N) int64 of images (B, 3, H, W), float in [0, 1] or uint8."""
         z = F.normalize(self._encode(images).to(self.quantize.codebook.dtype), dim=-1)
         return self.quantize.nearest(z.flatten(0, 1)).view(z.shape[:2])
 
@@ -115,8 +140,27 @@ class VQKD(nn.Module):
             raise ValueError(
                 f"the visual tokenizer takes images of {self.config.image_size}, not {tuple(images.shape[-2:])}"
             )
+        if images.dtype == torch.uint8:
+            images = images.float() / 255
         out: Tensor = self.encode_task_layer(_patch_states(self.encoder, images * 2 - 1))
         return out
+
+    def check_fits(self, grid: tuple[int, int], size: int) -> None:
+        """Make sure that a model of this grid, whose crops reach the tokenizer with this side, can use the codes.
+
+        Raises:
+            ConfigError: grid or image size differ.
+        """
+        own = self.config
+        require(
+            own.grid == grid,
+            f"the visual tokenizer has a grid of {own.grid} codes, the model one of {grid} patches: "
+            "choose crop.tokenizer_size and model sizes that agree",
+        )
+        require(
+            own.image_size == (size, size),
+            f"crop.tokenizer_size must be the visual tokenizer's image size {own.image_size}",
+        )
 
     def save(self, folder: Path) -> None:
         """Write an exchange folder."""

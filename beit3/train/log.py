@@ -95,6 +95,13 @@ class RunLog:
         else:
             self.say(f"{self._name}  {event}  step {step}/{self._steps}  {text}")
 
+    def alarm(self, step: int, text: str) -> None:
+        """Write and print what a user should hear at once."""
+        if self._enabled:
+            self._file.write(json.dumps({"step": step, "event": "alarm", "text": text}) + "\n")
+            self._file.flush()
+            self.say(f"{self._name}  ALARM  step {step}/{self._steps}  {text}")
+
     def say(self, text: str) -> None:
         """Print one line."""
         if self._enabled:

@@ -192,7 +192,10 @@ def _train(trainer: Trainer, log: RunLog, stop: list[int]) -> None:
         progress.seconds = seconds
         log.step(progress.step)
         if progress.step % run.loop.log_every == 0 or _share_done(trainer) >= 1:
-            log.record(progress.step, _summary(trainer, meters, norm))
+            values = _summary(trainer, meters, norm)
+            log.record(progress.step, values)
+            for text in trainer.task.alarms(values):
+                log.alarm(progress.step, text)
             meters = Meters()
         done = _share_done(trainer) >= 1
         if run.loop.eval_every and progress.step % run.loop.eval_every == 0 and not done:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -112,6 +112,10 @@ class Task(nn.Module, ABC, Generic[B]):
     def evaluate(self, loader: Iterable[B]) -> dict[str, float]:
         """Metrics over the batches of `eval_loader`; called in eval mode without gradients."""
         return {}
+
+    def alarms(self, values: Mapping[str, float]) -> list[str]:
+        """What a user should hear of a log record's values at once, a line each; usually nothing."""
+        return []
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile what pays; by default every Multiway block."""

@@ -23,7 +23,7 @@ def test_both_views_show_one_crop_with_one_flip_and_one_colour() -> None:
     crop = RandomCrop(CropConfig(size=32, tokenizer_size=16, color_jitter=0.4, grayscale=0.2))
     flips = 0
     for _ in range(40):
-        image, second = crop(gradient())
+        image, second, _ = crop(gradient())
         assert image.shape == (3, 32, 32)
         assert second is not None
         assert second.shape == (3, 16, 16)

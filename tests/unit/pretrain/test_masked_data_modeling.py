@@ -15,7 +15,9 @@ from torch import Tensor
 from beit3.config import Run, replace
 from beit3.data.images import decode_image
 from beit3.data.shards import Sample
+from beit3.data.streams import Source, Stream
 from beit3.data.transforms import CropConfig, EvalResize, RandomCrop, Views
+from beit3.data.visual_codes import CodesConfig, write_codes
 from beit3.errors import BadSampleError, ConfigError
 from beit3.model.flops import forward_flops
 from beit3.pretrain.masked_batches import Kind, MaskedBatch, MaskedEncoder, join_batches
@@ -369,3 +371,33 @@ def test_contradictions_fail_when_the_task_is_described(
 def test_tokenizers_that_do_not_fit_are_refused(build_mdm: Build, changes: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build_mdm(**changes)
+
+
+def test_recorded_codes_are_targets_in_place_of_the_tokenizer(
+    build_mdm: Build, workspace: Workspace, tmp_path: Path
+) -> None:
+    (tmp_path / "data").mkdir()
+    for name in ("pairs", "text"):
+        (tmp_path / "data" / name).symlink_to(workspace.data / name, target_is_directory=True)
+    task = build_mdm()
+    crop = replace(task.config.crop, flip=0.0)  # so that pairs and images share their codes
+    codes = CodesConfig(tokenizer=workspace.visual_tokenizer, crop=crop, crops=2)
+    write_codes(workspace.data / "pairs", tmp_path / "data" / "codes", codes, device=torch.device("cpu"))
+    sources = (Source(path="pairs", codes="codes"),)
+    task = build_mdm(
+        crop=crop, pairs=Stream(sources=sources, batch_size=4), images=Stream(sources=sources, batch_size=3)
+    )
+    run = Run(name="run", task=task.config, data=tmp_path / "data")
+    batch = next(iter(task.train_loader(run, 0, 1)))
+    assert batch.codes is not None
+    assert batch.codes.shape == batch.patch_rows.shape
+    assert task.hidden_codes(batch) is batch.codes
+    online = task.hidden_codes(replace_fields(batch, codes=None))
+    assert batch.codes.tolist() == online.tolist()
+    assert len(set(online.tolist())) > 2
+    task(batch)["loss"].backward()
+
+
+def test_codes_for_some_sources_only_are_refused(mdm_config: MaskedDataModelingConfig) -> None:
+    with pytest.raises(ConfigError, match="either all sources of pairs and images have `codes`, or none"):
+        replace(mdm_config, images=Stream(sources=(Source(path="images", codes="codes"),), batch_size=3))

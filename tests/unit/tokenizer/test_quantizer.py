@@ -48,6 +48,10 @@ class SlowQuantizer:
         return chosen, loss / len(vectors)
 
 
+def statistics(quantizer: VectorQuantizer) -> dict[str, float]:
+    return {name: float(value) for name, value in quantizer.statistics().items()}
+
+
 def ready(decay: float = 0.8, revive_after: int = 0) -> VectorQuantizer:
     """A quantizer past its k-means."""
     torch.manual_seed(3)
@@ -178,9 +182,9 @@ def test_a_chunked_search_equals_a_whole_one(monkeypatch: pytest.MonkeyPatch) ->
 def test_statistics_of_known_use() -> None:
     quantizer = VectorQuantizer(4, C)
     quantizer.usage.copy_(torch.tensor([1.0, 1.0, 0.0, 0.0]))
-    assert quantizer.statistics() == pytest.approx({"codebook_use": 0.5, "perplexity": 2.0}, rel=1e-5)
+    assert statistics(quantizer) == pytest.approx({"codebook_use": 0.5, "dead_codes": 2, "perplexity": 2.0}, rel=1e-5)
     quantizer.usage.fill_(3.0)
-    assert quantizer.statistics() == pytest.approx({"codebook_use": 1.0, "perplexity": 4.0}, rel=1e-5)
+    assert statistics(quantizer) == pytest.approx({"codebook_use": 1.0, "dead_codes": 0, "perplexity": 4.0}, rel=1e-5)
 
 
 def test_half_precision_input_is_quantized_in_full() -> None:

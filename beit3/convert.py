@@ -1,0 +1,57 @@
+"""Between released files and exchange folders, both ways: BEiT-3 models and BEiT v2's visual tokenizers."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from beit3.errors import ConfigError
+from beit3.model import official as official_model
+from beit3.model.exchange import read_settings
+from beit3.model.store import load_model
+from beit3.tokenizer import official as official_tokenizer
+from beit3.tokenizer.official import is_visual_tokenizer, load_visual_tokenizer
+from beit3.tokenizer.vqkd import VQKD
+
+
+def convert(source: Path, out: Path) -> str:
+    """Turn a released file into an exchange folder, or an exchange folder into a file of the released layout.
+
+    Args:
+        source: `.pth` file (or its `.zip` name), or an exchange folder.
+        out: a new folder, or a new file; nothing is overwritten.
+
+    Returns:
+        One line about what was written.
+
+    Raises:
+        DataMissingError: the source does not exist.
+        ConfigError: `out` exists, or the source is damaged or has no form in the other layout.
+    """
+    if out.exists():
+        raise ConfigError(f"{out} exists: choose another place")
+    if source.is_dir():
+        return _to_file(source, out)
+    if is_visual_tokenizer(official_model.read_official(source)):
+        tokenizer = load_visual_tokenizer(source)
+        tokenizer.save(out)
+        return f"{out}: visual tokenizer with {tokenizer.config.codebook_size:,} codes"
+    model = load_model(source)
+    model.save_pretrained(out)
+    return f"{out}: {model.task or 'backbone'}, {model.model_config.num_layers} layers of {model.model_config.width}"
+
+
+def _to_file(source: Path, out: Path) -> str:
+    kind = read_settings(source)["kind"]
+    if kind == "vqkd":
+        state = official_tokenizer.to_official(VQKD.load(source).state_dict())
+    else:
+        model = load_model(source)
+        state = official_model.to_official(model.model_config, model.state_dict())
+    out.parent.mkdir(parents=True, exist_ok=True)
+    beside = out.with_name(f"{out.name}.tmp-{os.getpid()}")
+    torch.save({"model": state}, beside)
+    os.replace(beside, out)
+    return f"{out}: {len(state)} tensors in the released layout"

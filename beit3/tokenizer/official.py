@@ -1,0 +1,132 @@
+"""The released VQ-KD files of BEiT v2: their layout to ours and back.
+
+Shapes: D width, P patch side, N patches, K codes, E code width, C teacher features.
+
+Encoder, decoder and task layers have the same names in both layouts. The codebook differs: officially
+`quantize.embedding.weight` holds the codes and `quantize.cluster_size` the moving average of their use;
+`quantize.embedding.cluster_size` and `.embed_avg` are never used, but a strict official loader wants them.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from beit3.errors import ConfigError
+from beit3.model.official import read_official
+from beit3.tokenizer.vqkd import VQKD, VQKDConfig
+
+_HEAD_WIDTH = 64
+_TRAINING_ONLY = ("loss", "teacher", "scaling")
+"""First letters of what official training files hold besides the tokenizer: the teacher and its normalisation."""
+_CODES, _USE = "quantize.embedding.weight", "quantize.cluster_size"
+_STARTED = "quantize.embedding.initted"
+_UNUSED = ("quantize.embedding.cluster_size", "quantize.embedding.embed_avg")
+
+
+def load_visual_tokenizer(source: Path | str) -> VQKD:
+    """Load a visual tokenizer, frozen and in eval mode.
+
+    Args:
+        source: exchange folder, or a released `.pth` of BEiT v2.
+
+    Raises:
+        DataMissingError: the source does not exist.
+        ConfigError: it is damaged, or holds something else.
+    """
+    source = Path(source)
+    if source.is_dir():
+        return VQKD.load(source)
+    config, state = to_ours(read_official(source))
+    model = VQKD(config)
+    model.load_state_dict(state)
+    return model.requires_grad_(False).eval()
+
+
+def is_visual_tokenizer(state: Mapping[str, Tensor]) -> bool:
+    """Whether official weights are those of a VQ-KD tokenizer."""
+    return _CODES in state
+
+
+def to_ours(state: Mapping[str, Tensor], num_heads: int | None = None) -> tuple[VQKDConfig, dict[str, Tensor]]:
+    """Translate official weights into ours; the teacher, where the file holds it, is left out.
+
+    Args:
+        state: official names to tensors.
+        num_heads: H, which files do not store; None takes heads of 64.
+
+    Returns:
+        The tokenizer's configuration and a state dict that loads strictly.
+
+    Raises:
+        ConfigError: missing, unknown or wrongly shaped tensors.
+    """
+    found = {name: value for name, value in state.items() if not name.startswith(_TRAINING_ONLY)}
+    config = _infer_config(found, num_heads)
+    codes = found[_CODES]
+    ours = {name: value for name, value in found.items() if not name.startswith("quantize.")}
+    ours["quantize.codebook"] = codes
+    ours["quantize.usage"] = found.get(_USE, torch.zeros(len(codes)))
+    ours["quantize.idle"] = torch.zeros(len(codes), dtype=torch.int64)
+    ours["quantize.ready"] = found.get(_STARTED, torch.ones(1)).bool().reshape(())
+    known = {_CODES, _USE, _STARTED, *_UNUSED}
+    unknown = [name for name in found if name.startswith("quantize.") and name not in known]
+    _check(config, ours, unknown)
+    return config, ours
+
+
+def to_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Translate the state dict of a `VQKD` into the official layout, complete for an official strict load."""
+    codes, use = state["quantize.codebook"], state["quantize.usage"]
+    official = {name: value for name, value in state.items() if not name.startswith("quantize.")}
+    official[_CODES], official[_USE] = codes, use
+    official[_STARTED] = state["quantize.ready"].float().reshape(1)
+    official |= dict(zip(_UNUSED, (torch.zeros_like(use), codes.clone()), strict=True))
+    return official
+
+
+def _infer_config(state: Mapping[str, Tensor], num_heads: int | None) -> VQKDConfig:
+    """Read every size from the shapes of a few tensors."""
+    wanted = (_CODES, "encoder.pos_embed", "encoder.patch_embed.proj.weight", "decode_task_layer.2.weight")
+    if missing := [name for name in wanted if name not in state]:
+        raise ConfigError(f"not a VQ-KD tokenizer of BEiT v2: it has no {', '.join(missing)}")
+    codes, positions, patch, teacher = (state[name] for name in wanted)
+    width, side = positions.shape[-1], math.isqrt(positions.shape[1] - 1)
+    if num_heads is None and width % _HEAD_WIDTH:
+        raise ConfigError(f"the width {width} does not divide by a head width of {_HEAD_WIDTH}: give num_heads")
+    return VQKDConfig(
+        image_size=(side * patch.shape[-1], side * patch.shape[-1]),
+        patch_size=patch.shape[-1],
+        width=width,
+        depth=_depth(state, "encoder"),
+        decoder_depth=_depth(state, "decoder"),
+        num_heads=num_heads or width // _HEAD_WIDTH,
+        codebook_size=codes.shape[0],
+        code_width=codes.shape[1],
+        teacher_width=teacher.shape[0],
+    )
+
+
+def _depth(state: Mapping[str, Tensor], net: str) -> int:
+    return len({match[1] for name in state if (match := re.match(rf"{net}\.blocks\.(\d+)\.", name))})
+
+
+def _check(config: VQKDConfig, state: Mapping[str, Tensor], unknown: list[str]) -> None:
+    """Raise one line that lists what is missing, unknown or wrongly shaped."""
+    with torch.device("meta"):
+        shapes = {name: tuple(value.shape) for name, value in VQKD(config).state_dict().items()}
+    problems = [f"{name} is missing" for name in shapes if name not in state]
+    problems += [f"{name} is unknown" for name in [*unknown, *(name for name in state if name not in shapes)]]
+    problems += [
+        f"{name} has shape {tuple(state[name].shape)}, not {shape}"
+        for name, shape in shapes.items()
+        if name in state and tuple(state[name].shape) != shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 10} more" if len(problems) > 10 else ""
+        raise ConfigError(f"the file's VQ-KD weights do not fit: {'; '.join(problems[:10])}{more}")
