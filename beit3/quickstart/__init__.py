@@ -44,7 +44,7 @@ from beit3.train.loop import EXPORT, fit
 from beit3.train.report import Report
 
 _console = Console(stderr=True)
-_MOST_SECONDS = {"visual_tokenizer": 80.0, "pretraining": 180.0, "tuning": 270.0}
+_MOST_SECONDS = {"visual_tokenizer": 65.0, "pretraining": 175.0, "tuning": 235.0}
 """Longest training time of the stages: a slower machine takes fewer steps, and ten minutes suffice all the same.
 A comparison and the longer run have no limits."""
 PRETRAINED, RANDOM, EQUAL_TIME = "pretrained", "random, equal steps", "random, equal total time"

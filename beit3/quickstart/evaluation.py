@@ -68,12 +68,11 @@ def _part(name: str, cells: Sequence[EmojiCell], captions: list[str]) -> Part:
 
 
 def model_recall(predictor: Predictor, parts: Sequence[Part]) -> list[Recall]:
-    """Recall of a model on every part."""
-    results = []
-    for part in parts:
-        images, texts = predictor.embed_images(part.images), predictor.embed_texts(part.captions)
-        results.append(_recall(part, images @ texts.T))
-    return results
+    """Recall of a model on every part; pictures and captions that parts share are embedded once."""
+    images = {part.name: predictor.embed_images(part.images) for part in {part.name: part for part in parts}.values()}
+    captions = list(dict.fromkeys(caption for part in parts for caption in part.captions))
+    texts = dict(zip(captions, predictor.embed_texts(captions), strict=True))
+    return [_recall(part, images[part.name] @ torch.stack([texts[c] for c in part.captions]).T) for part in parts]
 
 
 def chance_recall(parts: Sequence[Part]) -> list[Recall]:
@@ -94,17 +93,17 @@ def pixel_recall(parts: Sequence[Part]) -> list[Recall]:
     Unseen concepts cannot be named that way.
     """
     train = [cell for vendor in TRAIN_VENDORS for cell in load_cells(vendor, heldout=False)]
-    train_pixels = _pixels([cell.image for cell in train])
+    seen = next(part for part in parts if part.name == "test_vendor")
+    distances = torch.cdist(_pixels(seen.images), _pixels([cell.image for cell in train]), p=1)
     results = []
     for part in parts:
-        places = {caption: place for place, caption in enumerate(part.captions)}
-        known = torch.tensor([places.get(cell.caption, -1) for cell in train])
-        if part.name != "test_vendor":
+        if part.name != seen.name:
             results.append(Recall(part.name, len(part.captions), None, None))
             continue
-        distances = torch.cdist(_pixels(part.images), train_pixels[known >= 0], p=1)
+        places = {caption: place for place, caption in enumerate(part.captions)}
+        drawn = torch.tensor([places[cell.caption] for cell in train])
         scores = torch.full((len(part.images), len(part.captions)), -torch.inf)
-        scores.scatter_reduce_(1, known[known >= 0].expand(len(part.images), -1), -distances, "amax")
+        scores.scatter_reduce_(1, drawn.expand(len(part.images), -1), -distances, "amax")
         results.append(_recall(part, scores))
     return results
 
