@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from megatron.energon import (
     get_savable_loader,
 )
 from megatron.energon.epathlib import EPath
+from megatron.energon.savable_loader import SavableDatasetWrapper
 
 from beit3.errors import BadSampleError, DataMissingError
 
@@ -197,6 +199,23 @@ class _CachingReader:
 def _local(path: Any) -> Any:
     """Turn energon's path into python's where the file lies on this machine."""
     return path.local_path() if path.is_local() else path
+
+
+_answer_commands = SavableDatasetWrapper._command_thread
+
+
+def _answer_when_begun(dataset: SavableDatasetWrapper[Any]) -> None:
+    """Let a worker answer for its position only once it has gone to its starting place.
+
+    Energon starts the answering thread first; asked in between, it would give the place of a loader that never began.
+    """
+    with contextlib.suppress(ReferenceError):  # the dataset is gone: so is the question
+        while dataset._running and dataset._last_checkpoints[-1].sample_index < 0:
+            time.sleep(0.01)
+        _answer_commands(dataset)
+
+
+SavableDatasetWrapper._command_thread = staticmethod(_answer_when_begun)
 
 
 def make_loader(dataset: SavableDataset[T]) -> SavableDataLoader[T]:

@@ -6,6 +6,8 @@ import io
 import itertools
 import random
 import shutil
+import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from beit3.data.images import decode_image
 from beit3.data.streams import Sample, Source, Stream, StreamLoader
@@ -91,6 +94,31 @@ def test_a_state_saved_soon_after_a_resume_is_exact_too(corpus: Path, workers: i
     third = make(corpus, workers, pairs="pairs+more")
     third.load_state_dict(saved(second))
     assert same(take(third, 12), rest[between:])
+
+
+@pytest.mark.parametrize("slow", [0, 1])
+def test_a_state_saved_before_a_slow_worker_has_begun_is_exact_too(
+    corpus: Path, monkeypatch: pytest.MonkeyPatch, slow: int
+) -> None:
+    whole = make(corpus, 2, pairs="pairs+more")
+    take(whole, 7)
+    state = saved(whole)
+    rest = take(whole, 13)
+    start = threading.Thread.start
+
+    def start_late(thread: threading.Thread) -> None:
+        start(thread)
+        worker = get_worker_info()
+        if thread.name == "command_thread" and worker is not None and worker.id == slow:
+            time.sleep(2)  # the other worker gives the first batch meanwhile
+
+    monkeypatch.setattr(threading.Thread, "start", start_late)
+    second = make(corpus, 2, pairs="pairs+more")
+    second.load_state_dict(state)
+    take(second, 1)
+    third = make(corpus, 2, pairs="pairs+more")
+    third.load_state_dict(saved(second))
+    assert same(take(third, 12), rest[1:])
 
 
 def test_resume_before_the_first_batch_is_the_beginning(corpus: Path) -> None:
