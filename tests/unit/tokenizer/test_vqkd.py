@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from beit3.config import replace
 from beit3.errors import ConfigError, DataMissingError
-from beit3.tokenizer.vqkd import VQKD, VQKDConfig, distillation_loss
+from beit3.tokenizer.vqkd import VQKD, VQKDConfig, distillation_loss, vqkd_config
 
 CONFIG = VQKDConfig(
     image_size=(32, 24),
@@ -137,3 +137,23 @@ def test_the_loss_falls_on_a_toy() -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_presets_have_the_released_shapes() -> None:
+    clip, dino = vqkd_config("vqkd_base_clip", decoder_depth=3), vqkd_config("vqkd_base_dino")
+    assert (clip.width, clip.depth, clip.num_heads, clip.decoder_depth, clip.teacher_width) == (768, 12, 12, 3, 512)
+    assert (dino.decoder_depth, dino.teacher_width) == (1, 768)
+    assert (clip.codebook_size, clip.code_width, clip.grid) == (8192, 32, (14, 14))
+    for name in ("vqkd_small", "vqkd_tiny"):
+        assert vqkd_config(name).width // vqkd_config(name).num_heads == 64
+
+
+def test_an_unknown_preset_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'vqkd_base_clip'"):
+        vqkd_config("vqkd_base_clop")
+
+
+def test_bytes_and_their_fractions_have_the_same_codes() -> None:
+    model = VQKD(CONFIG).eval()
+    pixels = (images() * 255).round().to(torch.uint8)
+    assert torch.equal(model.tokenize(pixels), model.tokenize(pixels.float() / 255))

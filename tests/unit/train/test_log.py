@@ -59,3 +59,10 @@ def test_a_silent_rank_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixt
 
 def test_a_folder_without_a_log_has_no_records(tmp_path: Path) -> None:
     assert read_log(tmp_path) == []
+
+
+def test_an_alarm_is_printed_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with RunLog(tmp_path, "run", 10) as log:
+        log.alarm(4, "only 3% of the codes are in use")
+    assert read_log(tmp_path, "alarm") == [{"step": 4, "event": "alarm", "text": "only 3% of the codes are in use"}]
+    assert "ALARM  step 4/10  only 3% of the codes are in use" in capsys.readouterr().err
