@@ -150,6 +150,13 @@ def _tokenize(arguments: Arguments) -> None:
     _call(kinds[arguments[0]], arguments[1:], f"beit3 tokenize {arguments[0]}")
 
 
+def _info(arguments: Arguments) -> None:
+    """Say what a file or folder holds, or show a visual tokenizer: beit3 info SOURCE [--page FILE --images FOLDER]."""
+    from beit3.info import info
+
+    _call(info, arguments, "beit3 info")
+
+
 def _quickstart(arguments: Arguments) -> None:
     """Train tokenizers and a small BEiT-3 on real pictures, and look at what it learned."""
     from beit3.quickstart import quickstart
@@ -215,6 +222,7 @@ VERBS: dict[str, Callable[[Arguments], None]] = {
     "prepare": _prepare,
     "tokenize": _tokenize,
     "convert": _convert,
+    "info": _info,
 }
 
 

@@ -47,6 +47,21 @@ def pixels() -> Run:
     return replace(recipe(), name="beit2_emoji_pixels", **{"task.target": "pixels", "task.visual_tokenizer": None})
 
 
+def open_pictures() -> Run:
+    """On the open set of examples/open_pictures.py (docs/data.md); needs runs/vqkd_open_pictures."""
+    return replace(
+        recipe(),
+        name="beit2_open_pictures",
+        **{
+            "task.visual_tokenizer": Path("runs/vqkd_open_pictures/export"),
+            "task.eval_images": "held_out",
+            "optim.warmup_steps": 50,
+            "loop.steps": 1000,
+            "loop.save_every": 500,
+        },
+    )
+
+
 def debug() -> Run:
     """Two steps of a tiny model."""
     return replace(

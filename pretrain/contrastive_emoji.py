@@ -50,14 +50,18 @@ def random() -> Run:
 
 
 def full() -> Run:
-    """About 40 minutes on two CPU cores, with stronger augmentation."""
+    """Wider, 4,000 steps under stronger augmentation: half an hour on two CPU cores with bf16 instructions."""
     return replace(
         recipe(),
         name="contrastive_emoji_full",
         **{
-            "task.crop.scale": (0.5, 1.0),
+            "task.model.width": 192,
+            "task.model.num_heads": 6,
+            "task.model.ffn_width": 768,
+            "task.crop.scale": (0.6, 1.0),
+            "task.crop.color_jitter": 0.4,
             "task.crop.grayscale": 0.2,
-            "optim.warmup_steps": 200,
+            "optim.warmup_steps": 100,
             "loop.steps": 4000,
             "loop.save_every": 250,
         },

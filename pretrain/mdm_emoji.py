@@ -52,9 +52,18 @@ def recipe() -> Run:
 
 
 def full() -> Run:
-    """About 35 minutes on two CPU cores."""
+    """Wider, and 1,200 steps: a quarter of an hour on two CPU cores with bf16 instructions."""
     return replace(
-        recipe(), name="mdm_emoji_full", **{"optim.warmup_steps": 100, "loop.steps": 2000, "loop.save_every": 250}
+        recipe(),
+        name="mdm_emoji_full",
+        **{
+            "task.model.width": 192,
+            "task.model.num_heads": 6,
+            "task.model.ffn_width": 768,
+            "optim.warmup_steps": 100,
+            "loop.steps": 1200,
+            "loop.save_every": 200,
+        },
     )
 
 

@@ -49,6 +49,22 @@ def full() -> Run:
     )
 
 
+def open_pictures() -> Run:
+    """1,024 codes from about 40,000 drawings: the open set of examples/open_pictures.py (docs/data.md)."""
+    return replace(
+        recipe(),
+        name="vqkd_open_pictures",
+        **{
+            "task.tokenizer.codebook_size": 1024,
+            "task.images.batch_size": 256,
+            "task.eval_images": "held_out",
+            "optim.warmup_steps": 50,
+            "loop.steps": 400,
+            "loop.save_every": 200,
+        },
+    )
+
+
 def debug() -> Run:
     """Two steps of a tiny model."""
     return replace(

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from beit3.config import Run, TaskConfig, config, require
+from beit3.config import Run, TaskConfig, config, require, to_plain
 from beit3.data.feature_cache import build_feature_cache
 from beit3.data.images import decode_image
 from beit3.data.shards import Sample, load_prepared
@@ -193,7 +193,7 @@ class ImageTokenizer(Task[CropBatch]):
 
     def save(self, folder: Path) -> None:
         """Write the tokenizer."""
-        self.model.save(folder)
+        self.model.save(folder, to_plain(self.config.teacher))
 
     def eval_loader(self, run: Run) -> Iterable[CropBatch] | None:
         """Held-out pictures, whole."""

@@ -36,9 +36,11 @@ from beit3.quickstart.evaluation import (
     pixel_recall,
     save_recall,
 )
-from beit3.quickstart.pictures import CodeBook, show_codebook, show_gallery, show_hidden_patches, show_hidden_words
+from beit3.quickstart.pictures import show_gallery, show_hidden_patches, show_hidden_words, training_codebook
 from beit3.recipes import load_recipe
+from beit3.tokenizer.teachers import build_teacher, read_teacher
 from beit3.tokenizer.vqkd import VQKD
+from beit3.tokenizer_page import show_codebook, show_similarity
 from beit3.train.log import read_log
 from beit3.train.loop import EXPORT, fit
 from beit3.train.report import Report
@@ -196,6 +198,7 @@ def _evaluate(plan: Plan, compare: bool) -> dict[str, list[Recall]]:
 
 def _write_report(plan: Plan, results: dict[str, list[Recall]], stages: list[str]) -> None:
     report = Report("BEiT3 quickstart", _lead(plan))
+    book = training_codebook(VQKD.load(plan.export("visual_tokenizer")))
     section = report.section("Results")
     _show_results(section, results)
     fusion = json.loads((plan.folder / "pretraining" / "metrics.json").read_text())
@@ -208,16 +211,18 @@ def _write_report(plan: Plan, results: dict[str, list[Recall]], stages: list[str
         ],
     )
     section.text(
-        f"Hidden patches: the right one of {VQKD.load(plan.export('visual_tokenizer')).config.codebook_size} codes in "
+        f"Hidden patches: the right one of {len(book.counts)} codes in "
         f"{fusion['mim_accuracy']:.1%} of the cases; always naming the commonest code would score "
         f"{fusion['commonest_code']:.1%}."
     )
     predictor = load(plan.export("pretraining"), device="cpu")
-    book = CodeBook(VQKD.load(plan.export("visual_tokenizer")))
     assert isinstance(predictor.model, PretrainingModel)
     show_hidden_words(report.section("Hidden words"), predictor)
     show_hidden_patches(report.section("Hidden patches"), predictor.model, predictor, book)
     show_codebook(report.section("Codebook"), book)
+    teacher = read_teacher(plan.export("visual_tokenizer"))
+    assert teacher is not None
+    show_similarity(report.section("Teacher"), book, build_teacher(teacher))
     show_gallery(report.section("Search"), load(plan.export("tuning")))
     section = report.section("Curves")
     section.curves(

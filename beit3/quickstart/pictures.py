@@ -1,6 +1,6 @@
-"""What the quickstart shows: codes, hidden patches, hidden words, search results.
+"""What the quickstart shows: hidden patches, hidden words, search results.
 
-Shapes: S picture side, P patch side, (h, w) grid of N patches, K codes.
+Shapes: P patch side, (h, w) grid of N patches, K codes.
 """
 
 from __future__ import annotations
@@ -9,10 +9,8 @@ import random
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from markupsafe import Markup, escape
-from matplotlib.figure import Figure
 from PIL import Image
 
 from beit3.data.emoji import HELD_OUT_VENDOR, TRAIN_VENDORS, EmojiCell, load_cells
@@ -21,76 +19,17 @@ from beit3.model.heads import PretrainingModel
 from beit3.predict import Predictor
 from beit3.pretrain.masking import MaskConfig, block_mask
 from beit3.tokenizer.vqkd import VQKD
+from beit3.tokenizer_page import CodeBook
 from beit3.train.report import Pixels, Section, inline_picture, tile
 
 _SEED = 0
 
 
-class CodeBook:
-    """Codes of the training pictures, with the patches behind them.
-
-    Args:
-        tokenizer: frozen.
-    """
-
-    def __init__(self, tokenizer: VQKD) -> None:
-        self.tokenizer = tokenizer
-        side = tokenizer.config.image_size[0]
-        view = EvalResize(side)
-        cells = [cell for vendor in TRAIN_VENDORS for cell in load_cells(vendor, heldout=False)]
-        pictures = torch.stack([view(cell.image) for cell in cells])
-        codes = torch.cat([tokenizer.tokenize(part.float() / 255) for part in pictures.split(256)])
-        self.codes: npt.NDArray[np.int64] = codes.reshape(-1).numpy()
-        patch = tokenizer.config.patch_size
-        cut = pictures.unfold(2, patch, patch).unfold(3, patch, patch)  # (n, 3, h, w, P, P)
-        self.patches: Pixels = cut.permute(0, 2, 3, 4, 5, 1).reshape(-1, patch, patch, 3).numpy()
-        self.counts: npt.NDArray[np.int64] = np.bincount(self.codes, minlength=tokenizer.config.codebook_size)
-
-    def mean_patches(self) -> Pixels:
-        """The average patch of every code (K, P, P, 3); grey where a code is unused."""
-        sums = np.zeros((len(self.counts), *self.patches.shape[1:]), dtype=np.float64)
-        np.add.at(sums, self.codes, self.patches)
-        means = np.full_like(sums, 128.0)
-        used = self.counts > 0
-        means[used] = sums[used] / self.counts[used][:, None, None, None]
-        return means.astype(np.uint8)
-
-    def examples(self, code: int, number: int) -> list[Pixels]:
-        """Patches drawn at random among those of a code."""
-        places = np.flatnonzero(self.codes == code)
-        chosen = np.random.default_rng(_SEED).choice(places, size=min(number, len(places)), replace=False)
-        return [self.patches[place] for place in chosen]
-
-
-def show_codebook(section: Section, book: CodeBook, per_row: int = 40) -> None:
-    """Use of the codes, and patches that share one."""
-    used = book.counts[book.counts > 0]
-    share = used / used.sum()
-    perplexity = float(np.exp(-(share * np.log(share)).sum()))
-    section.text(
-        f"{len(used)} of {len(book.counts)} codes are used by the training pictures; perplexity {perplexity:.0f}; "
-        f"the commonest code covers {share.max():.1%} of the patches."
-    )
-    figure = Figure(figsize=(8, 2.4), layout="constrained")
-    axes = figure.subplots()
-    axes.bar(range(len(book.counts)), np.sort(book.counts)[::-1], width=1.0)
-    axes.set_yscale("log")
-    axes.set_xlabel("codes, most used first")
-    axes.set_ylabel("patches")
-    section.figure(figure, "Use of the codebook over all training patches.")
-    order = np.argsort(-book.counts)
-    middle = order[len(used) // 4 : len(used)]
-    chosen = [*order[:4], *np.random.default_rng(_SEED).choice(middle, size=min(12, len(middle)), replace=False)]
-    blank = np.full_like(book.patches[0], 255)
-    rows: list[Pixels] = []
-    for code in chosen:
-        found = book.examples(int(code), per_row)
-        rows += found + [blank] * (per_row - len(found))
-    section.picture(
-        tile(rows, per_row, gap=1),
-        "Patches that share a code, one code a row: the four most used, then twelve drawn at random.",
-        scale=2,
-    )
+def training_codebook(tokenizer: VQKD) -> CodeBook:
+    """Codes of the embedded corpus's training pictures."""
+    view = EvalResize(tokenizer.config.image_size)
+    cells = [cell for vendor in TRAIN_VENDORS for cell in load_cells(vendor, heldout=False)]
+    return CodeBook(tokenizer, torch.stack([view(cell.image) for cell in cells]))
 
 
 @torch.inference_mode()
@@ -110,7 +49,7 @@ def show_hidden_patches(
     alone = model(images=normalize(pictures), image_mask=mask)
     paired = model(images=normalize(pictures), image_mask=mask, text_ids=ids, text_mask=text_mask)
     view = EvalResize(book.tokenizer.config.image_size)
-    codes = book.tokenizer.tokenize(torch.stack([view(cell.image) for cell in cells]).float() / 255)
+    codes = book.tokenizer.tokenize(torch.stack([view(cell.image) for cell in cells]))
     columns = []
     for row in range(number):
         original = pictures[row].permute(1, 2, 0).numpy()

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from beit3.errors import ConfigError
 from beit3.model.official import read_official
-from beit3.tokenizer.vqkd import VQKD, VQKDConfig
+from beit3.tokenizer.vqkd import VQKD, VQKDConfig, check_state
 
 _HEAD_WIDTH = 64
 _TRAINING_ONLY = ("loss", "teacher", "scaling")
@@ -76,7 +76,8 @@ def to_ours(state: Mapping[str, Tensor], num_heads: int | None = None) -> tuple[
     ours["quantize.ready"] = found.get(_STARTED, torch.ones(1)).bool().reshape(())
     known = {_CODES, _USE, _STARTED, *_UNUSED}
     unknown = [name for name in found if name.startswith("quantize.") and name not in known]
-    _check(config, ours, unknown)
+    ours |= {name: found[name] for name in unknown}
+    check_state(config, ours, "the file")
     return config, ours
 
 
@@ -114,19 +115,3 @@ def _infer_config(state: Mapping[str, Tensor], num_heads: int | None) -> VQKDCon
 
 def _depth(state: Mapping[str, Tensor], net: str) -> int:
     return len({match[1] for name in state if (match := re.match(rf"{net}\.blocks\.(\d+)\.", name))})
-
-
-def _check(config: VQKDConfig, state: Mapping[str, Tensor], unknown: list[str]) -> None:
-    """Raise one line that lists what is missing, unknown or wrongly shaped."""
-    with torch.device("meta"):
-        shapes = {name: tuple(value.shape) for name, value in VQKD(config).state_dict().items()}
-    problems = [f"{name} is missing" for name in shapes if name not in state]
-    problems += [f"{name} is unknown" for name in [*unknown, *(name for name in state if name not in shapes)]]
-    problems += [
-        f"{name} has shape {tuple(state[name].shape)}, not {shape}"
-        for name, shape in shapes.items()
-        if name in state and tuple(state[name].shape) != shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise ConfigError(f"the file's VQ-KD weights do not fit: {'; '.join(problems[:10])}{more}")

@@ -15,10 +15,15 @@ from typing import Literal
 import timm
 import torch
 import torch.nn.functional as F
+from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
 from beit3.config import config, require
 from beit3.errors import ConfigError, DataMissingError
+from beit3.model.exchange import read_settings
+
+_MOST_SAID = 200
+"""Characters of a library's complaint."""
 
 
 @config
@@ -37,6 +42,13 @@ class TeacherConfig:
 
     def __post_init__(self) -> None:
         require(self.image_size >= 16, f"teacher.image_size must be at least 16, not {self.image_size}")
+
+
+def read_teacher(folder: Path) -> TeacherConfig | None:
+    """The teacher that the tokenizer of an exchange folder learned from, where the folder says so."""
+    settings = dict(read_settings(folder).get("teacher") or {})
+    settings.pop("type", None)
+    return TeacherConfig(**settings) if settings else None
 
 
 class Teacher(nn.Module, ABC):
@@ -109,15 +121,17 @@ class TimmTeacher(Teacher):
     def __init__(self, name: str, image_size: int, stage: int = -1, pretrained: bool = True) -> None:
         source = f"local-dir:{name}" if Path(name).is_dir() else name
         try:
-            net = timm.create_model(source, pretrained=pretrained, features_only=True, out_indices=(stage,))
+            net = timm.create_model(source, pretrained=pretrained, num_classes=0)
         except Exception as error:  # timm and the hub raise many kinds
-            raise DataMissingError(
-                f"teacher '{name}' could not be loaded by timm ({type(error).__name__}): check name or folder"
-            ) from error
-        data = net.pretrained_cfg if hasattr(net, "pretrained_cfg") else {}
+            raise _unloadable(name, "timm", error) from error
+        if not hasattr(net, "forward_intermediates"):
+            raise ConfigError(f"teacher '{name}' gives no feature maps through timm: choose another network")
+        data = net.pretrained_cfg
         mean, std = data.get("mean", (0.485, 0.456, 0.406)), data.get("std", (0.229, 0.224, 0.225))
-        super().__init__(image_size, tuple(mean), tuple(std), net.feature_info.channels()[-1])
-        self.net = net
+        # A ViT's last tokens are meant to be read behind its final norm.
+        getter = FeatureGetterNet(net, out_indices=(stage,), norm=stage == -1)
+        super().__init__(image_size, tuple(mean), tuple(std), getter.feature_info.channels()[-1])
+        self.net = getter
 
     def feature_map(self, images: Tensor) -> Tensor:
         """Features of the chosen stage."""
@@ -134,9 +148,7 @@ class ClipTeacher(Teacher):
         try:
             net = CLIPVisionModelWithProjection.from_pretrained(name)
         except Exception as error:  # transformers and the hub raise many kinds
-            raise DataMissingError(
-                f"teacher '{name}' could not be loaded by transformers ({type(error).__name__}): check name or folder"
-            ) from error
+            raise _unloadable(name, "transformers", error) from error
         mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
         super().__init__(image_size, mean, std, net.config.projection_dim)
         self.net = net
@@ -148,6 +160,12 @@ class ClipTeacher(Teacher):
         side = int(tokens.shape[1] ** 0.5)
         out: Tensor = tokens.transpose(1, 2).unflatten(2, (side, side))
         return out
+
+
+def _unloadable(name: str, library: str, error: Exception) -> DataMissingError:
+    """One line with the beginning of what the library said, which names the missing file."""
+    said = " ".join(str(error).split())[:_MOST_SAID]
+    return DataMissingError(f"teacher '{name}' could not be loaded by {library}: check name or folder ({said})")
 
 
 def build_teacher(config: TeacherConfig) -> Teacher:

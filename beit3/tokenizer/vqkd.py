@@ -8,6 +8,7 @@ Encoder and decoder are timm's BEiT transformers with absolute positions, as in 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -162,11 +163,11 @@ class VQKD(nn.Module):
             f"crop.tokenizer_size must be the visual tokenizer's image size {own.image_size}",
         )
 
-    def save(self, folder: Path) -> None:
-        """Write an exchange folder."""
+    def save(self, folder: Path, teacher: dict[str, Any] | None = None) -> None:
+        """Write an exchange folder, with the settings of the teacher it learned from where they are known."""
         shape = to_plain(self.config)
         shape.pop("type")
-        write_folder(folder, {"kind": "vqkd", "tokenizer": shape}, self.state_dict())
+        write_folder(folder, {"kind": "vqkd", "tokenizer": shape, "teacher": teacher}, self.state_dict())
 
     @classmethod
     def load(cls, folder: Path) -> VQKD:
@@ -176,9 +177,35 @@ class VQKD(nn.Module):
             raise ConfigError(f"{folder} holds a '{settings.get('kind')}', not a visual tokenizer")
         shape = dict(settings["tokenizer"])
         shape["image_size"] = tuple(shape["image_size"])
-        model = cls(VQKDConfig(**shape))
-        model.load_state_dict(read_tensors(folder))
+        model, state = cls(VQKDConfig(**shape)), read_tensors(folder)
+        check_state(model.config, state, str(folder))
+        model.load_state_dict(state)
         return model.requires_grad_(False).eval()
+
+
+def check_state(config: VQKDConfig, state: Mapping[str, Tensor], where: str) -> None:
+    """Make sure that weights are those of such a tokenizer.
+
+    Args:
+        config: its shape.
+        state: tensors by name.
+        where: what holds them, for the message.
+
+    Raises:
+        ConfigError: one line that lists what is missing, unknown or wrongly shaped.
+    """
+    with torch.device("meta"):
+        shapes = {name: tuple(value.shape) for name, value in VQKD(config).state_dict().items()}
+    problems = [f"{name} is missing" for name in shapes if name not in state]
+    problems += [f"{name} is unknown" for name in state if name not in shapes]
+    problems += [
+        f"{name} has shape {tuple(state[name].shape)}, not {shape}"
+        for name, shape in shapes.items()
+        if name in state and tuple(state[name].shape) != shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 10} more" if len(problems) > 10 else ""
+        raise ConfigError(f"the VQ-KD weights of {where} do not fit: {'; '.join(problems[:10])}{more}")
 
 
 def _patch_states(net: Beit, x: Tensor) -> Tensor:

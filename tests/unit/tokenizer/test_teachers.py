@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor
 
 from beit3.errors import ConfigError, DataMissingError
@@ -88,6 +92,54 @@ def test_a_teacher_that_cannot_be_loaded_is_missing_data(kind: str, tmp_path: Pa
     with pytest.raises(DataMissingError, match="nothing_here") as caught:
         build_teacher(config)
     assert "\n" not in str(caught.value)
+
+
+def test_a_clip_folder_without_weights_says_which_file_is_missing(clip: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "half"
+    shutil.copytree(clip, folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(
+        DataMissingError, match=r"half' could not be loaded by transformers: .*model\.safetensors"
+    ) as caught:
+        build_teacher(TeacherConfig(kind="clip", name=str(folder), image_size=32))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_timm_folder_without_weights_says_which_file_is_missing(tmp_path: Path) -> None:
+    folder = save_dino(tmp_path / "half")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(
+        DataMissingError, match=r"half' could not be loaded by timm: .*No suitable checkpoints"
+    ) as caught:
+        build_teacher(TeacherConfig(kind="timm", name=str(folder), image_size=32))
+    assert "\n" not in str(caught.value)
+
+
+def save_dino(folder: Path) -> Path:
+    """A tiny ViT in the layout of timm's local folders, as a user downloads DINO's."""
+    torch.manual_seed(0)
+    shape = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2, "num_classes": 0}
+    net = timm.create_model("vit_tiny_patch16_224", pretrained=False, **shape)
+    folder.mkdir(parents=True)
+    net.eval()
+    save_file(net.state_dict(), folder / "model.safetensors")
+    settings = {"architecture": "vit_tiny_patch16_224", "model_args": shape, "num_classes": 0, "num_features": 24}
+    normal = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4], "input_size": [3, 32, 32], "fixed_input_size": True}
+    (folder / "config.json").write_text(json.dumps({**settings, "pretrained_cfg": normal}))
+    return folder
+
+
+def test_a_vit_of_a_local_folder_gives_its_patch_tokens(tmp_path: Path) -> None:
+    folder = save_dino(tmp_path / "dino")
+    teacher = build_teacher(TeacherConfig(kind="timm", name=str(folder), image_size=32))
+    images = torch.rand(2, 3, 32, 32)
+    features = teacher.patch_features(images, (4, 4))
+    net = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    pixels = (images - torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1)) / torch.tensor([0.2, 0.3, 0.4]).view(3, 1, 1)
+    with torch.no_grad():
+        tokens = net.forward_features(pixels)
+    assert teacher.width == 24
+    torch.testing.assert_close(features, tokens[:, net.num_prefix_tokens :], rtol=1e-4, atol=1e-5)
 
 
 def test_an_unknown_kind_is_refused() -> None:

@@ -157,3 +157,14 @@ def test_bytes_and_their_fractions_have_the_same_codes() -> None:
     model = VQKD(CONFIG).eval()
     pixels = (images() * 255).round().to(torch.uint8)
     assert torch.equal(model.tokenize(pixels), model.tokenize(pixels.float() / 255))
+
+
+def test_weights_of_another_shape_are_refused_in_one_line(tmp_path: Path) -> None:
+    VQKD(CONFIG).save(tmp_path / "made")
+    path = tmp_path / "made" / "config.json"
+    settings = json.loads(path.read_text())
+    settings["tokenizer"]["codebook_size"] += 1
+    path.write_text(json.dumps(settings))
+    with pytest.raises(ConfigError, match=r"made do not fit: quantize\.codebook has shape .*, not .*") as caught:
+        VQKD.load(tmp_path / "made")
+    assert "\n" not in str(caught.value)

