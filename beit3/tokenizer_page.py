@@ -26,6 +26,8 @@ from beit3.train.report import Pixels, Report, Section, tile
 
 _SEED = 0
 _BATCH = 128
+_GREY = 225
+"""Behind patches, many of which are white."""
 
 
 class CodeBook:
@@ -148,13 +150,13 @@ def show_codebook(section: Section, book: CodeBook, per_row: int = 40) -> None:
 
 
 def _rows(book: CodeBook, codes: npt.NDArray[np.int64], per_row: int) -> Pixels:
-    """One row of patches a code; white where there are no more."""
-    blank = np.full_like(book.patches[0], 255)
+    """One row of patches a code; grey where there are no more."""
+    blank = np.full_like(book.patches[0], _GREY)
     patches: list[Pixels] = []
     for code in codes:
         found = book.examples(int(code), per_row)
         patches += found + [blank] * (per_row - len(found))
-    return tile(patches, per_row, gap=1)
+    return tile(patches, per_row, gap=1, background=_GREY)
 
 
 def _zoom(book: CodeBook) -> int:

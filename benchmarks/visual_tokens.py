@@ -11,6 +11,7 @@ DATA holds the open pictures of examples/open_pictures.py without Twemoji: `pair
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,7 +37,6 @@ from beit3.pretrain.masked_batches import MaskedBatch
 from beit3.pretrain.masked_image_modeling import MaskedImageModeling, MaskedImageModelingConfig
 from beit3.recipes import load_recipe
 from beit3.tokenizer.vqkd import VQKD, vqkd_config
-from beit3.train.log import read_log
 from beit3.train.loop import EXPORT, fit
 
 Features = dict[str, Tensor]
@@ -81,7 +81,7 @@ def measure_codebooks(options: argparse.Namespace) -> None:
         for seed in range(options.seeds):
             run = tokenizer_run(options, seed, codes, revive)
             finish(run)
-            found.append(next(record for record in reversed(read_log(run.folder)) if record["event"] == "eval"))
+            found.append(json.loads((run.folder / "metrics.json").read_text()))
         cells = [
             spread([100 * record["codebook_use"] for record in found], "{:.1f}%"),
             spread([record["perplexity"] for record in found], "{:.0f}"),

@@ -123,11 +123,11 @@ def inline_picture(pixels: Pixels, scale: int = 1) -> Markup:
     return Markup(f'<img class="pixel" src="{encode(pixels, scale)}" alt="">')
 
 
-def tile(pictures: Sequence[Any], columns: int, gap: int = 2) -> Pixels:
-    """Lay pictures (height, width, 3) of one size out on white, row by row."""
+def tile(pictures: Sequence[Any], columns: int, gap: int = 2, background: int = 255) -> Pixels:
+    """Lay pictures (height, width, 3) of one size out on white or grey, row by row."""
     height, width = pictures[0].shape[:2]
     rows = -(-len(pictures) // columns)
-    sheet: Pixels = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, dtype=np.uint8)
+    sheet: Pixels = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), background, dtype=np.uint8)
     for index, picture in enumerate(pictures):
         top, left = index // columns * (height + gap), index % columns * (width + gap)
         sheet[top : top + height, left : left + width] = picture

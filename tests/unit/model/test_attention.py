@@ -84,6 +84,22 @@ def test_a_backend_that_runs_here_is_chosen(dtype: torch.dtype) -> None:
         assert choose_backend(layout, torch.device("cpu"), dtype) in ("sdpa", "matmul")
 
 
+@pytest.mark.parametrize(
+    ("capability", "dtype", "expected"),
+    [
+        ("AVX512", torch.bfloat16, "matmul"),
+        ("AVX512", torch.float32, "sdpa"),
+        ("AVX2", torch.bfloat16, "sdpa"),
+        ("AVX2", torch.float32, "sdpa"),
+    ],
+)
+def test_the_measured_rule_of_cpus(
+    monkeypatch: pytest.MonkeyPatch, capability: str, dtype: torch.dtype, expected: Backend
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert choose_backend(LAYOUT, torch.device("cpu"), dtype) == expected
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_one_kernel_for_all_sequences_equals_the_reference() -> None:
