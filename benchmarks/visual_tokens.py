@@ -56,14 +56,12 @@ def finish(run: Run) -> Path:
     return run.folder / EXPORT
 
 
-def tokenizer_run(options: argparse.Namespace, seed: int, codes: int, revive: bool = True) -> Run:
-    """A VQ-KD run; all runs of a seed share the teacher's features."""
+def tokenizer_run(options: argparse.Namespace, seed: int, codes: int, kind: str = "", **changes: Any) -> Run:
+    """A VQ-KD run; all runs of a seed and a teacher share the teacher's features."""
     made = load_recipe("recipe:tokenizers/vqkd_emoji:open_pictures")
     assert isinstance(made, Run)
-    name = f"vqkd-{codes}{'' if revive else '-norevive'}-seed{seed}"
-    changes: dict[str, Any] = {"task.tokenizer.codebook_size": codes}
-    if not revive:
-        changes["task.tokenizer.revive_after"] = 0
+    name = f"vqkd-{codes}{kind}-seed{seed}"
+    changes["task.tokenizer.codebook_size"] = codes
     run = replace(made, name=name, data=options.data, out=options.out, seed=seed, resume=True, **changes)
     (options.out / "cache").mkdir(parents=True, exist_ok=True)
     run.folder.mkdir(exist_ok=True)
@@ -76,10 +74,11 @@ def measure_codebooks(options: argparse.Namespace) -> None:
     """Use, perplexity and cosine to the teacher on held-out pictures, over codebook sizes and without revival."""
     print("| codes | idle codes revived | used on held-out pictures | perplexity | cosine to teacher |")
     print("|---|---|---|---|---|")
-    for codes, revive in [*((size, True) for size in options.sizes), *((size, False) for size in options.sizes)]:
+    unrevived: dict[str, Any] = {"kind": "-norevive", "task.tokenizer.revive_after": 0}
+    for codes, changes in [(size, changes) for changes in ({}, unrevived) for size in options.sizes]:
         found = []
         for seed in range(options.seeds):
-            run = tokenizer_run(options, seed, codes, revive)
+            run = tokenizer_run(options, seed, codes, **changes)
             finish(run)
             found.append(json.loads((run.folder / "metrics.json").read_text()))
         cells = [
@@ -87,7 +86,7 @@ def measure_codebooks(options: argparse.Namespace) -> None:
             spread([record["perplexity"] for record in found], "{:.0f}"),
             spread([record["teacher_similarity"] for record in found], "{:.3f}"),
         ]
-        print(f"| {codes:,} | {'yes' if revive else 'no'} | {' | '.join(cells)} |", flush=True)
+        print(f"| {codes:,} | {'no' if changes else 'yes'} | {' | '.join(cells)} |", flush=True)
 
 
 def spread(values: Sequence[float], form: str) -> str:
@@ -105,24 +104,20 @@ def compare_targets(options: argparse.Namespace) -> None:
     scores: dict[tuple[str, str, str], list[float]] = {}
     for seed in range(options.seeds):
         common: dict[str, Any] = {"data": options.data, "out": options.out, "seed": seed, "resume": True}
-        codes = replace(
-            made,
-            name=f"mim-codes-seed{seed}",
-            **common,
-            **{"task.visual_tokenizer": finish(tokenizer_run(options, seed, USUAL))},
-        )
-        pixels = replace(
-            made,
-            name=f"mim-pixels-seed{seed}",
-            **common,
-            **{"task.target": "pixels", "task.visual_tokenizer": None},
-        )
-        torch.manual_seed(seed)
-        models = {
-            "VQ-KD codes": load_model(finish(codes)),
-            "pixels": load_model(finish(pixels)),
-            "random weights": build_model(made.task.model, None).eval(),
+        untrained: dict[str, Any] = {"kind": "-untrained", "task.teacher.pretrained": False}
+        targets: dict[str, dict[str, Any]] = {
+            "codes": {"task.visual_tokenizer": finish(tokenizer_run(options, seed, USUAL))},
+            "codes of an untrained teacher": {
+                "task.visual_tokenizer": finish(tokenizer_run(options, seed, USUAL, **untrained))
+            },
+            "pixels": {"task.target": "pixels", "task.visual_tokenizer": None},
         }
+        models = {}
+        for target, changes in targets.items():
+            name = f"mim-{target.replace(' ', '-')}-seed{seed}"
+            models[target] = load_model(finish(replace(made, name=name, **common, **changes)))
+        torch.manual_seed(seed)
+        models["no training"] = build_model(made.task.model, None).eval()
         for target, model in models.items():
             assert isinstance(model, MultiwayTransformer)
             for task, ((train, labels), (test, wanted)) in data.items():

