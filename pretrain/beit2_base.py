@@ -7,7 +7,8 @@ Hardware: 16 GPUs; 300 epochs of ImageNet-1k at a global batch of 2,048 are 187,
 Expected: ImageNet-1k top-1 after finetuning 85.0 (300 epochs), 85.5 (1,600 epochs, variant `long`); large 86.6 / 87.3;
           linear probe of base 80.1 (BEiT v2, tables 1 and 5); not run here
 
-The network differs from the paper's in two points: absolute positions, not relative ones; sub-LN, not layer scale.
+What differs from the paper's run: absolute positions, not relative ones; sub-LN and its initialisation, not layer
+scale; pixels normalised with 0.5, not with ImageNet's statistics.
 """
 
 from pathlib import Path
@@ -17,6 +18,7 @@ from beit3.data.streams import Source, Stream
 from beit3.data.transforms import CropConfig
 from beit3.model.presets import ModelConfig, model_config
 from beit3.pretrain.masked_image_modeling import MaskedImageModelingConfig
+from beit3.pretrain.masking import MaskConfig
 
 _STEPS_PER_EPOCH = 626
 
@@ -30,6 +32,7 @@ def recipe() -> Run:
             visual_tokenizer=Path("runs/vqkd_base_decoder3/export"),
             images=Stream(sources=(Source(path="images"),), batch_size=2048, shuffle_buffer=5000),
             crop=CropConfig(size=224, scale=(0.2, 1.0), flip=0.5, color_jitter=0.4),
+            mask=MaskConfig(patches=75 / 196),
             early_layer=9,
         ),
         optim=OptimConfig(

@@ -1,7 +1,7 @@
 """Contrastive tuning of the quickstart (BEiT-3, appendix A): the pretrained backbone as a dual encoder.
 
 Command:  beit3 train pretrain/contrastive_emoji.py --data DATA  (DATA: `beit3 prepare emoji --out DATA`)
-Needs:    runs/mdm_emoji (pretrain/mdm_emoji.py); the variant `random` does not
+Needs:    runs/mdm_emoji (pretrain/mdm_emoji.py; `full` its variant `full`); the variant `random` does not
 Hardware: two CPU cores, about three minutes
 Expected: the results table of the README
 """
@@ -55,6 +55,7 @@ def full() -> Run:
         recipe(),
         name="contrastive_emoji_full",
         **{
+            "task.init_from": Path("runs/mdm_emoji_full/export"),
             "task.model.width": 192,
             "task.model.num_heads": 6,
             "task.model.ffn_width": 768,

@@ -43,7 +43,7 @@ def recipe() -> Run:
 
 
 def full() -> Run:
-    """Three crops of each picture, five times the steps."""
+    """Three crops of each picture, 1,000 steps."""
     return replace(
         recipe(), name="vqkd_emoji_full", **{"task.cached_crops": 3, "loop.steps": 1000, "loop.save_every": 250}
     )

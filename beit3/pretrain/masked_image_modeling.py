@@ -91,7 +91,7 @@ class MaskedImageModel(nn.Module):
         self.early_layer = config.early_layer
         self.backbone = MultiwayTransformer(config.model)
         self.backbone.freeze_unreached(images=True, texts=False, pairs=False)
-        self.aggregation = nn.ModuleList()
+        self.aggregation_blocks = nn.ModuleList()
         if config.early_layer is not None:
             plain = dataclasses.replace(config.model, fusion_layers=0)
             for _ in range(config.aggregation_layers):
@@ -100,8 +100,8 @@ class MaskedImageModel(nn.Module):
                 for experts in (block.attention_in, block.attention_out):
                     if "text" in experts:
                         del experts["text"]
-                self.aggregation.append(block)
-            init_sub_ln(self.aggregation, config.model.num_layers + config.aggregation_layers)
+                self.aggregation_blocks.append(block)
+            init_sub_ln(self.aggregation_blocks, config.model.num_layers + config.aggregation_layers)
         self.head = nn.Linear(config.model.width, outputs)
         nn.init.trunc_normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
@@ -126,8 +126,10 @@ class MaskedImageModel(nn.Module):
         vision = torch.cat([final[:, :1], patches[:, 1:]], dim=1).flatten(0, 1)
         text = vision.new_empty(0, vision.shape[1])
         plan = plan_attention(out.layout, vision, None)
-        for block in self.aggregation:
-            vision, text = block(vision, text, plan, None)
+        drops = self.training and self.backbone.config.drop_path > 0
+        sequence_ids = out.layout.sequence_ids(vision.device) if drops else None
+        for block in self.aggregation_blocks:
+            vision, text = block(vision, text, plan, sequence_ids)
         norm = self.backbone.norm
         return norm["vision"](vision) if "vision" in norm else vision
 
@@ -193,8 +195,8 @@ class MaskedImageModeling(Task[MaskedBatch]):
         layout = packed.layout(config.model.patch_size)
         hidden, outputs = len(batch.patch_rows), self.model.head.out_features
         flops = forward_flops(config.model, layout, masked_patches=hidden, codebook_size=outputs)
-        if len(self.model.aggregation):
-            extra = dataclasses.replace(config.model, num_layers=len(self.model.aggregation), fusion_layers=0)
+        if len(self.model.aggregation_blocks):
+            extra = dataclasses.replace(config.model, num_layers=len(self.model.aggregation_blocks), fusion_layers=0)
             flops += forward_flops(extra, layout, masked_patches=hidden, codebook_size=outputs, patches=0)
         return Work(layout.num_images, layout.num_images * layout.vision_length, 3 * flops)
 

@@ -124,7 +124,8 @@ class VQKD(nn.Module):
             rebuilt teacher features (B, N, C), codes (B, N), commitment loss ().
         """
         z = self._encode(images)
-        quantized, codes, loss = self.quantize(z.flatten(0, 1))
+        with torch.autocast(z.device.type, enabled=False):
+            quantized, codes, loss = self.quantize(z.flatten(0, 1))
         maps = quantized.view(*z.shape).transpose(1, 2).unflatten(2, self.config.grid)
         decoded = self.decode_task_layer(_patch_states(self.decoder, maps))
         return decoded, codes.view(z.shape[:2]), loss
@@ -132,18 +133,21 @@ class VQKD(nn.Module):
     @torch.no_grad()
     def tokenize(self, images: Tensor) -> Tensor:
         """Codes (B, N) int64 of images (B, 3, H, W), float in [0, 1] or uint8."""
-        z = F.normalize(self._encode(images).to(self.quantize.codebook.dtype), dim=-1)
-        return self.quantize.nearest(z.flatten(0, 1)).view(z.shape[:2])
+        z = self._encode(images)
+        with torch.autocast(z.device.type, enabled=False):
+            return self.quantize.nearest(F.normalize(z, dim=-1).flatten(0, 1)).view(z.shape[:2])
 
     def _encode(self, images: Tensor) -> Tensor:
-        """Vectors (B, N, E) before quantization."""
+        """Vectors (B, N, E) before quantization, of the codebook's type: bf16 would confuse close codes."""
         if tuple(images.shape[-2:]) != self.config.image_size:
             raise ValueError(
                 f"the visual tokenizer takes images of {self.config.image_size}, not {tuple(images.shape[-2:])}"
             )
         if images.dtype == torch.uint8:
             images = images.float() / 255
-        out: Tensor = self.encode_task_layer(_patch_states(self.encoder, images * 2 - 1))
+        states = _patch_states(self.encoder, images * 2 - 1)
+        with torch.autocast(states.device.type, enabled=False):
+            out: Tensor = self.encode_task_layer(states.to(self.quantize.codebook.dtype))
         return out
 
     def check_fits(self, grid: tuple[int, int], size: int) -> None:

@@ -137,5 +137,5 @@ class Task(nn.Module, ABC, Generic[B]):
         """Layers for timm's layer-wise learning rates: embeddings, each block; what matches neither comes last."""
         return {
             "stem": r".*(?:vision_embedding|text_embedding)\.",
-            "blocks": r".*blocks\.(\d+)\.",
+            "blocks": r"(?:.*\.)?blocks\.(\d+)\.",
         }

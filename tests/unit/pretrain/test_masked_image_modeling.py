@@ -104,7 +104,7 @@ def plain_predictions(task: MaskedImageModeling, batch: MaskedBatch, image: int)
         states.append(x)
     norm = model.backbone.norm["vision"]
     mixed = torch.cat([states[-1][:1], states[1][1:]])
-    for extra in model.aggregation:
+    for extra in model.aggregation_blocks:
         assert isinstance(extra, MultiwayBlock)
         mixed = plain_block(extra, mixed)
     return model.head(norm(x)), model.head(norm(mixed))

@@ -168,3 +168,23 @@ def test_weights_of_another_shape_are_refused_in_one_line(tmp_path: Path) -> Non
     with pytest.raises(ConfigError, match=r"made do not fit: quantize\.codebook has shape .*, not .*") as caught:
         VQKD.load(tmp_path / "made")
     assert "\n" not in str(caught.value)
+
+
+def test_the_search_among_codes_stays_in_full_precision() -> None:
+    """In bf16 close codes are confused, and recorded codes would differ from those of a training run."""
+    model = VQKD(replace(CONFIG, codebook_size=512)).eval()
+    seen: list[torch.Tensor] = []
+    hook = model.encode_task_layer.register_forward_hook(lambda _module, _inputs, out: seen.append(out))
+    with torch.autocast("cpu", torch.bfloat16):
+        tokens = model.tokenize(images(100))
+        decoded, codes, loss = model(images(100))
+    hook.remove()
+    z = F.normalize(seen[0], dim=-1).flatten(0, 1)
+    assert z.dtype == loss.dtype == torch.float32
+    assert decoded.dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        confused = model.quantize.nearest(z)
+    expected = model.quantize.nearest(z)
+    assert not torch.equal(confused, expected)
+    assert torch.equal(tokens.flatten(), expected)
+    assert torch.equal(codes.flatten(), expected)
