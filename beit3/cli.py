@@ -144,6 +144,10 @@ def _tokenize(arguments: Arguments) -> None:
     from beit3.tokenizing import tokenize_images, tokenize_text
 
     kinds: dict[str, Callable[..., None]] = {"images": tokenize_images, "text": tokenize_text}
+    if arguments and arguments[0] in ("-h", "--help"):
+        print("usage: beit3 tokenize images FOLDER OUT --tokenizer T | text FILE ... --tokenizer T.spm")
+        print("beit3 tokenize images --help and beit3 tokenize text --help say more.")
+        return
     if not arguments or arguments[0] not in kinds:
         given = f", not '{arguments[0]}'" if arguments else ""
         raise ConfigError(f"beit3 tokenize takes images or text{given}: beit3 tokenize images FOLDER OUT --tokenizer T")

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import torch
 
+from beit3.config import require
 from beit3.errors import ConfigError
 from beit3.model import official as official_model
 from beit3.model.exchange import read_settings
+from beit3.model.presets import ModelConfig
 from beit3.model.store import load_model
 from beit3.tokenizer import official as official_tokenizer
 from beit3.tokenizer.official import is_visual_tokenizer, load_visual_tokenizer
-from beit3.tokenizer.vqkd import VQKD
+from beit3.tokenizer.vqkd import VQKD, VQKDConfig
 
 
 def convert(source: Path, out: Path) -> str:
@@ -44,14 +46,27 @@ def convert(source: Path, out: Path) -> str:
 
 
 def _to_file(source: Path, out: Path) -> str:
-    kind = read_settings(source)["kind"]
-    if kind == "vqkd":
-        state = official_tokenizer.to_official(VQKD.load(source).state_dict())
+    if read_settings(source).get("kind") == "vqkd":
+        tokenizer = VQKD.load(source)
+        state = official_tokenizer.to_official(tokenizer.state_dict())
+        _check_inferable(tokenizer.config, official_tokenizer.to_ours(state)[0], source)
     else:
         model = load_model(source)
         state = official_model.to_official(model.model_config, model.state_dict())
+        _check_inferable(model.model_config, official_model.to_ours(state).config, source)
     out.parent.mkdir(parents=True, exist_ok=True)
     beside = out.with_name(f"{out.name}.tmp-{os.getpid()}")
     torch.save({"model": state}, beside)
     os.replace(beside, out)
     return f"{out}: {len(state)} tensors in the released layout"
+
+
+def _check_inferable(own: ModelConfig | VQKDConfig, read_back: ModelConfig | VQKDConfig, source: Path) -> None:
+    """Refuse what a reader of the released layout would rebuild as another network: it stores tensors alone."""
+    for name in ("num_heads", "image_size"):
+        mine, theirs = getattr(own, name), getattr(read_back, name)
+        require(
+            mine == theirs,
+            f"{source} has no form in the released layout: that does not store {name}, and {theirs} would be read back "
+            f"instead of {mine}",
+        )

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
+from beit3.config import require
 from beit3.data.raw_sources import read_documents
 from beit3.data.texts import clean_text
 from beit3.data.visual_codes import CodesConfig, write_codes
+from beit3.errors import BadSampleError, DataMissingError
 from beit3.tokenizer.text import TextTokenizer
 from beit3.train.distributed import choose_device
 
@@ -39,7 +42,7 @@ def tokenize_images(
 
 
 def tokenize_text(files: Positional[tuple[Path, ...]], *, tokenizer: Path, max_length: int = 1022) -> None:
-    """Print the ids of every text, a line each.
+    """Print the ids of every text, a line each; what holds no text is named on stderr.
 
     Args:
         files: .txt (a line a text) or .jsonl (field `text`).
@@ -47,6 +50,12 @@ def tokenize_text(files: Positional[tuple[Path, ...]], *, tokenizer: Path, max_l
         max_length: longest text in ids; longer ones are cut.
     """
     made = TextTokenizer.load(tokenizer)
+    require(bool(files), "give at least one file of texts")
     for file in files:
-        for _, text in read_documents(file):
-            print(*made.encode(clean_text(text), max_length))
+        if not file.is_file():
+            raise DataMissingError(f"{file} does not exist")
+        for where, text in read_documents(file):
+            try:
+                print(*made.encode(clean_text(text), max_length))
+            except BadSampleError as error:
+                print(f"{where}: left out, {error.reason}", file=sys.stderr)

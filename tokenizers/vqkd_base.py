@@ -11,7 +11,7 @@ from beit3.data.streams import Source, Stream
 from beit3.data.transforms import CropConfig
 from beit3.pretrain.image_tokenizer import ImageTokenizerConfig
 from beit3.tokenizer.teachers import TeacherConfig
-from beit3.tokenizer.vqkd import VQKDConfig
+from beit3.tokenizer.vqkd import VQKDConfig, vqkd_config
 
 
 def recipe() -> Run:
@@ -19,7 +19,7 @@ def recipe() -> Run:
     return Run(
         name="vqkd_base",
         task=ImageTokenizerConfig(
-            tokenizer=VQKDConfig(decoder_depth=1, teacher_width=512),
+            tokenizer=vqkd_config("vqkd_base_clip"),
             teacher=TeacherConfig(kind="clip", name="openai/clip-vit-base-patch16", image_size=224),
             images=Stream(sources=(Source(path="images"),), batch_size=512, shuffle_buffer=5000),
             crop=CropConfig(size=224, scale=(0.08, 1.0), flip=0.5),
@@ -39,7 +39,9 @@ def decoder3() -> Run:
 def dino() -> Run:
     """DINO ViT-B/16 as teacher."""
     teacher = TeacherConfig(kind="timm", name="vit_base_patch16_224.dino", image_size=224)
-    return replace(recipe(), name="vqkd_base_dino", **{"task.teacher": teacher, "task.tokenizer.teacher_width": 768})
+    return replace(
+        recipe(), name="vqkd_base_dino", **{"task.teacher": teacher, "task.tokenizer": vqkd_config("vqkd_base_dino")}
+    )
 
 
 def debug() -> Run:

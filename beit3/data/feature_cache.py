@@ -2,35 +2,40 @@
 
 Shapes: n pictures, K crops of each, S side of a crop, N patches, C features.
 
-`crops.npy` (n K, 3, S, S) uint8 and `features.npy` (n K, N, C) float16 are memory-mapped; `cache.json` says what they
+`crops.bin` (n K, 3, S, S) uint8 and `features.bin` (n K, N, C) float16 are memory-mapped; `cache.json` says what they
 were made from, and the folder's name is a hash of it: another teacher or crop is another folder, never a stale one.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
 import time
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from rich.progress import Progress
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
 from beit3.config import to_plain
 from beit3.data.images import decode_image
 from beit3.data.shards import Sample
-from beit3.data.transforms import CropConfig, RandomCrop
+from beit3.data.transforms import CropConfig, RandomCrop, Views
+from beit3.data.visual_codes import draw_crop
 from beit3.errors import BadSampleError, ConfigError
-from beit3.tokenizer.teachers import Teacher, TeacherConfig, build_teacher
+from beit3.tokenizer.teachers import Teacher
 
 _BATCH = {"cpu": 8, "cuda": 256, "mps": 64}
 """Crops the teacher sees at once; on a CPU small batches stay in its caches and are several times faster."""
+_CROPS, _FEATURES = "crops.bin", "features.bin"
 
 
 class FeatureCache:
@@ -43,8 +48,9 @@ class FeatureCache:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.settings: dict[str, Any] = json.loads((folder / "cache.json").read_text())
-        self._crops = np.load(folder / "crops.npy", mmap_mode="r")
-        self._features = np.load(folder / "features.npy", mmap_mode="r")
+        shapes = self.settings["shapes"]
+        self._crops = np.memmap(folder / _CROPS, np.uint8, "r", shape=tuple(shapes["crops"]))
+        self._features = np.memmap(folder / _FEATURES, np.float16, "r", shape=tuple(shapes["features"]))
 
     def __len__(self) -> int:
         return len(self._crops)
@@ -58,7 +64,8 @@ def build_feature_cache(
     parent: Path,
     samples: Iterable[Sample],
     *,
-    teacher: TeacherConfig,
+    teacher: Teacher,
+    teacher_settings: dict[str, Any],
     crop: CropConfig,
     grid: tuple[int, int],
     crops_per_picture: int,
@@ -71,7 +78,8 @@ def build_feature_cache(
     Args:
         parent: holds one folder for each combination of settings.
         samples: pictures in a fixed order; unreadable ones are counted and left out.
-        teacher: computes the features of each crop.
+        teacher: computes the features of each crop; it sees the crop at `crop.tokenizer_size` where that is given.
+        teacher_settings: say which teacher it is.
         crop: how crops are drawn; crop k of picture i depends on (seed, i, k) alone.
         grid: rows and columns of features.
         crops_per_picture: K.
@@ -80,7 +88,7 @@ def build_feature_cache(
         device: where the teacher runs.
     """
     settings = {
-        "teacher": to_plain(teacher),
+        "teacher": teacher_settings,
         "crop": to_plain(crop),
         "grid": list(grid),
         "crops_per_picture": crops_per_picture,
@@ -94,58 +102,63 @@ def build_feature_cache(
     beside = parent / f"{key}.tmp-{os.getpid()}"
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
-    crops, seeds, skipped = _draw_crops(samples, crop, crops_per_picture, seed)
-    if not crops:
-        raise ConfigError(f"no readable picture in {source}: prepare the data again")
-    np.save(beside / "crops.npy", np.stack(crops))
     started = time.perf_counter()
-    _compute_features(beside, build_teacher(teacher).to(device), grid, device)
-    record = {**settings, "crop_seeds": seeds, "skipped": skipped, "seconds": time.perf_counter() - started}
+    seeds: list[int] = []
+    skipped: Counter[str] = Counter()
+    crops = _draw_crops(samples, crop, crops_per_picture, seed, seeds, skipped)
+    _write(beside, crops, teacher.to(device).to(memory_format=torch.channels_last), grid, device)
+    if not seeds:
+        raise ConfigError(f"no readable picture in {source}: prepare the data again")
+    features = [len(seeds), grid[0] * grid[1], teacher.width]
+    shapes = {"crops": [len(seeds), 3, crop.size, crop.size], "features": features}
+    seconds = time.perf_counter() - started
+    record = {**settings, "shapes": shapes, "crop_seeds": seeds, "skipped": skipped, "seconds": seconds}
     (beside / "cache.json").write_text(json.dumps(record) + "\n")
+    _publish(beside, folder)
+    return FeatureCache(folder)
+
+
+def _publish(beside: Path, folder: Path) -> None:
+    """Give a finished cache its name, unless another process was faster with the same."""
     try:
         os.replace(beside, folder)
     except OSError:
         if not folder.is_dir():
             raise
-        shutil.rmtree(beside)  # another rank was faster with the same
-    return FeatureCache(folder)
+        shutil.rmtree(beside)
 
 
 def _draw_crops(
-    samples: Iterable[Sample], crop: CropConfig, crops_per_picture: int, seed: int
-) -> tuple[list[Any], list[int], dict[str, int]]:
-    """Draw the crops of all pictures, with the seed of each, from which its box follows."""
+    samples: Iterable[Sample], crop: CropConfig, per_picture: int, seed: int, seeds: list[int], skipped: Counter[str]
+) -> Iterator[Views]:
+    """Draw the crops of all pictures; notes the seed of each, from which its box follows, and what was left out."""
     draw = RandomCrop(crop)
-    crops: list[Any] = []
-    seeds: list[int] = []
-    skipped: dict[str, int] = {}
-    with torch.random.fork_rng(devices=[]):
-        for index, sample in enumerate(samples):
-            try:
-                image = decode_image(sample.image or b"")
-            except BadSampleError as error:
-                skipped[error.reason] = skipped.get(error.reason, 0) + 1
-                continue
-            for number in range(crops_per_picture):
-                text = f"{seed}/{index}/{number}".encode()
-                crop_seed = int.from_bytes(hashlib.sha256(text).digest()[:6], "big")
-                torch.manual_seed(crop_seed)
-                crops.append(draw(image).image.numpy())
-                seeds.append(crop_seed)
-    return crops, seeds, skipped
+    for index, sample in enumerate(samples):
+        try:
+            image = decode_image(sample.image or b"")
+        except BadSampleError as error:
+            skipped[error.reason] += 1
+            continue
+        for number in range(per_picture):
+            text = f"{seed}/{index}/{number}".encode()
+            seeds.append(int.from_bytes(hashlib.sha256(text).digest()[:6], "big"))
+            yield draw_crop(draw, image, seeds[-1])
 
 
-def _compute_features(folder: Path, teacher: Teacher, grid: tuple[int, int], device: torch.device) -> None:
-    crops = np.load(folder / "crops.npy", mmap_mode="r")
-    shape = (len(crops), grid[0] * grid[1], teacher.width)
-    features = np.lib.format.open_memmap(folder / "features.npy", mode="w+", dtype=np.float16, shape=shape)
-    teacher = teacher.to(memory_format=torch.channels_last)
+def _write(folder: Path, crops: Iterator[Views], teacher: Teacher, grid: tuple[int, int], device: torch.device) -> None:
+    """Write crops and features as they come: neither has to fit into memory."""
     size = _BATCH[device.type]
-    with Progress() as progress:
-        line = progress.add_task("teacher features", total=len(crops))
-        for start in range(0, len(crops), size):
-            images = torch.from_numpy(crops[start : start + size].copy()).to(device).float() / 255
-            images = images.contiguous(memory_format=torch.channels_last)
-            features[start : start + size] = teacher.patch_features(images, grid).half().cpu().numpy()
-            progress.advance(line, len(images))
-    features.flush()
+    columns = (SpinnerColumn(), TextColumn("teacher features: {task.completed:,} crops"), TimeElapsedColumn())
+    with (
+        (folder / _CROPS).open("wb") as crop_file,
+        (folder / _FEATURES).open("wb") as feature_file,
+        Progress(*columns, console=Console(stderr=True)) as progress,
+    ):
+        line = progress.add_task("", total=None)
+        while batch := list(itertools.islice(crops, size)):
+            torch.stack([views.image for views in batch]).numpy().tofile(crop_file)
+            seen = [views.image if views.tokenizer_image is None else views.tokenizer_image for views in batch]
+            images = torch.stack(seen).to(device).float() / 255
+            features = teacher.patch_features(images.contiguous(memory_format=torch.channels_last), grid)
+            features.half().cpu().numpy().tofile(feature_file)
+            progress.advance(line, len(batch))

@@ -63,8 +63,17 @@ class Stream:
 
     def __post_init__(self) -> None:
         require(len(self.sources) > 0, "a stream needs at least one source")
+        require(
+            len({source.codes is not None for source in self.sources}) == 1,
+            "either all sources of a stream have `codes`, or none has",
+        )
         require(self.batch_size >= 1, f"batch_size must be at least 1, not {self.batch_size}")
         require(self.shuffle_buffer >= 1, f"shuffle_buffer must be at least 1, not {self.shuffle_buffer}")
+
+    @property
+    def recorded(self) -> bool:
+        """Whether visual tokens are read, not made."""
+        return self.sources[0].codes is not None
 
 
 class BatchEncoder(Protocol[T_batch_co]):

@@ -33,12 +33,14 @@ from beit3.data.raw_sources import Damage, read_source
 from beit3.data.shards import IMAGE_SUFFIXES, check_folder
 from beit3.data.streams import Stream
 from beit3.data.transforms import CropConfig, RandomCrop, Views
-from beit3.errors import BadSampleError, DataMissingError
+from beit3.errors import BadSampleError, ConfigError, DataMissingError
 from beit3.tokenizer.official import load_visual_tokenizer
 from beit3.tokenizer.vqkd import VQKD
 
 SETTINGS_FILE = "codes.json"
 _BATCH = 64
+_BEGINNING = 2**16
+"""Bytes of a shard that tell it from others."""
 _LARGEST_CODEBOOK = 2**16
 
 
@@ -72,18 +74,35 @@ class CodesReport:
 
 
 def tokenizer_hash(source: Path) -> str:
-    """Hash of the weights of a visual tokenizer, whatever file they lie in."""
-    digest = hashlib.sha256()
-    state = load_visual_tokenizer(source).state_dict()
+    """Hash of the weights and heads of a visual tokenizer, whatever file they lie in."""
+    tokenizer = load_visual_tokenizer(source)
+    digest = hashlib.sha256(f"heads {tokenizer.config.num_heads}".encode())
+    state = tokenizer.state_dict()
     for name in sorted(state):
         if name.startswith(("encoder.", "encode_task_layer.", "quantize.codebook")):
             digest.update(name.encode() + state[name].float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
-def describe_codes(tokenizer: Path, crop: CropConfig) -> dict[str, Any]:
-    """What codes depend on: they are stale for a run in which any of it differs."""
-    return {"tokenizer": tokenizer_hash(tokenizer), "crop": to_plain(crop)}
+def describe_codes(tokenizer_digest: str, crop: CropConfig, pictures: Path) -> dict[str, Any]:
+    """What codes depend on: they are stale for a run in which any of it differs.
+
+    Args:
+        tokenizer_digest: result of `tokenizer_hash`.
+        crop: how crops are drawn.
+        pictures: prepared folder; each shard counts by its size and its beginning.
+    """
+    shards = {str(shard.relative_to(pictures)): _fingerprint(shard) for shard in _shards(pictures)}
+    return {"tokenizer": tokenizer_digest, "crop": to_plain(crop), "shards": shards}
+
+
+def _shards(pictures: Path) -> list[Path]:
+    return sorted(pictures.rglob("*.tar"))
+
+
+def _fingerprint(shard: Path) -> str:
+    with shard.open("rb") as file:
+        return f"{shard.stat().st_size}-{hashlib.sha256(file.read(_BEGINNING)).hexdigest()[:16]}"
 
 
 def write_codes(
@@ -106,6 +125,9 @@ def write_codes(
         DataMissingError: pictures or tokenizer do not exist.
     """
     check_folder(pictures)
+    require(
+        bool(_shards(pictures)), f"{pictures} holds no pictures: give a folder of `beit3 prepare pairs` or `images`"
+    )
     tokenizer = load_visual_tokenizer(settings.tokenizer)
     size = settings.crop.tokenizer_size or settings.crop.size
     require(
@@ -114,7 +136,7 @@ def write_codes(
     )
     require(tokenizer.config.codebook_size <= _LARGEST_CODEBOOK, "codes are stored as uint16: 65,536 at most")
     record = {
-        **describe_codes(settings.tokenizer, settings.crop),
+        **describe_codes(tokenizer_hash(settings.tokenizer), settings.crop, pictures),
         "crops": settings.crops,
         "seed": settings.seed,
         "grid": list(tokenizer.config.grid),
@@ -122,10 +144,11 @@ def write_codes(
     }
     out.mkdir(parents=True, exist_ok=True)
     _claim(out, record)
-    shards = sorted(pictures.glob("*.tar"))[int(os.environ.get("RANK", 0)) :: int(os.environ.get("WORLD_SIZE", 1))]
-    todo = [shard for shard in shards if not (out / f"{shard.stem}.npy").exists()]
+    shards = _shards(pictures)[int(os.environ.get("RANK", 0)) :: int(os.environ.get("WORLD_SIZE", 1))]
+    places = {shard: out / shard.relative_to(pictures).with_suffix(".npy") for shard in shards}
+    todo = [(shard, place) for shard, place in places.items() if not place.exists()]
     report = CodesReport(0, len(todo), len(shards) - len(todo), Counter())
-    work = functools.partial(_write_shard, out=out, settings=settings, device=str(device))
+    work = functools.partial(_write_shard, settings=settings, device=str(device))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         line = progress.add_task(f"tokenizing {pictures}", total=len(todo))
@@ -137,7 +160,7 @@ def write_codes(
 
 
 def _run(
-    work: Callable[[Path], tuple[int, Counter[str]]], shards: list[Path], num_workers: int
+    work: Callable[[tuple[Path, Path]], tuple[int, Counter[str]]], shards: list[tuple[Path, Path]], num_workers: int
 ) -> Iterator[tuple[int, Counter[str]]]:
     """Results of all shards as they are finished, in this process or in several."""
     if min(num_workers, len(shards)) <= 1:
@@ -146,14 +169,18 @@ def _run(
     # A forked child of a process whose threads have run may hang, and CUDA refuses it: workers start afresh.
     workers = min(num_workers, len(shards))
     with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-        yield from (done.result() for done in as_completed([pool.submit(work, shard) for shard in shards]))
+        try:
+            yield from (done.result() for done in as_completed([pool.submit(work, shard) for shard in shards]))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # else an error or Ctrl-C would wait for all shards
+            raise
 
 
 def _claim(out: Path, record: Mapping[str, Any]) -> None:
     """Write the settings of an empty folder, or check those of a started one."""
     path = out / SETTINGS_FILE
     if path.exists():
-        changed = differences(json.loads(path.read_text("utf-8")), json.loads(json.dumps(record)))
+        changed = differences(_read_settings(path), json.loads(json.dumps(record)))
         require(not changed, f"{out} holds codes of another {', '.join(changed)}: choose another folder")
         return
     beside = path.with_name(f"{SETTINGS_FILE}.tmp-{os.getpid()}")
@@ -161,13 +188,22 @@ def _claim(out: Path, record: Mapping[str, Any]) -> None:
     os.replace(beside, path)
 
 
+def _read_settings(path: Path) -> dict[str, Any]:
+    try:
+        settings: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path} is no valid JSON ({error}): write the codes again") from error
+    return settings
+
+
 def _row_type(crops: int, patches: int) -> np.dtype[Any]:
     crop = [("seed", "<i8"), ("box", "<u4", (4,)), ("codes", "<u2", (patches,))]
     return np.dtype([("key", "<u8"), ("crops", crop, (crops,))])
 
 
-def _write_shard(shard: Path, out: Path, settings: CodesConfig, device: str) -> tuple[int, Counter[str]]:
-    """Tokenize one shard and put its file in place."""
+def _write_shard(places: tuple[Path, Path], settings: CodesConfig, device: str) -> tuple[int, Counter[str]]:
+    """Tokenize one shard (first place) and put its codes (second place) there at once."""
+    shard, out = places
     tokenizer = load_visual_tokenizer(settings.tokenizer).to(device)
     draw = RandomCrop(settings.crop)
     patches = tokenizer.config.grid[0] * tokenizer.config.grid[1]
@@ -187,10 +223,11 @@ def _write_shard(shard: Path, out: Path, settings: CodesConfig, device: str) -> 
         part["crops"]["codes"] = _tokenize(tokenizer, views, device).reshape(len(pictures), settings.crops, patches)
         parts.append(part)
     rows = np.concatenate(parts)
-    beside = out / f".{shard.stem}.tmp-{os.getpid()}"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    beside = out.with_name(f".{out.stem}.tmp-{os.getpid()}")
     with beside.open("wb") as file:
         np.save(file, rows)
-    os.replace(beside, out / f"{shard.stem}.npy")
+    os.replace(beside, out)
     return len(rows), skipped
 
 
@@ -246,15 +283,16 @@ class CodeTable:
 
         Raises:
             DataMissingError: there are none.
-            ConfigError: two pictures have the same key.
+            ConfigError: a file is damaged, or two pictures have the same key.
         """
         self.folder = folder
         path = folder / SETTINGS_FILE
-        files = sorted(folder.glob("*.npy"))
+        files = sorted(folder.rglob("*.npy"))
         if not path.is_file() or not files:
             raise DataMissingError(f"{folder} holds no codes: write them with `beit3 tokenize images`")
-        self.settings: dict[str, Any] = json.loads(path.read_text("utf-8"))
-        self._shards = [np.load(file, mmap_mode="r") for file in files]
+        self.settings = _read_settings(path)
+        self._names = {str(file.relative_to(folder).with_suffix(".tar")) for file in files}
+        self._shards = [_open_shard(file) for file in files]
         keys = np.concatenate([shard["key"] for shard in self._shards])
         order = np.argsort(keys, kind="stable")
         self._keys = keys[order]
@@ -269,19 +307,26 @@ class CodeTable:
     def __len__(self) -> int:
         return len(self._keys)
 
-    def expect(self, tokenizer: Path, crop: CropConfig) -> None:
-        """Make sure that the codes are what this tokenizer would make of such crops.
+    def expect(self, tokenizer_digest: str, crop: CropConfig, pictures: Path) -> None:
+        """Make sure that the codes are what this tokenizer would make of such crops of these pictures, and complete.
 
         Raises:
             ConfigError: they are stale; the message says what differs.
+            DataMissingError: some shards have no codes yet.
         """
-        wanted = json.loads(json.dumps(describe_codes(tokenizer, crop)))
-        changed = differences({name: self.settings[name] for name in wanted}, wanted)
+        wanted = json.loads(json.dumps(describe_codes(tokenizer_digest, crop, pictures)))
+        changed = differences({name: self.settings.get(name) for name in wanted}, wanted)
         require(
             not changed,
             f"{self.folder} is stale: its codes were made with another {', '.join(changed)}; "
             "write them again with `beit3 tokenize images`",
         )
+        missing = sorted(wanted["shards"].keys() - self._names)
+        if missing:
+            raise DataMissingError(
+                f"{self.folder}: {len(missing)} of {len(wanted['shards'])} shards have no codes yet, such as "
+                f"{missing[0]}; call `beit3 tokenize images` again"
+            )
 
     def find(self, key: str) -> Any:
         """The K crops of a picture: fields `seed`, `box`, `codes`.
@@ -303,9 +348,16 @@ def open_codes(stream: Stream, data: Path, tokenizer: Path, crop: CropConfig) ->
         DataMissingError: a folder holds no codes.
         ConfigError: codes are stale.
     """
-    tables = {}
-    for source in stream.sources:
-        if source.codes is not None:
-            tables[source.path] = CodeTable(data / source.codes)
-            tables[source.path].expect(tokenizer, crop)
-    return tables
+    recorded = {source.path: CodeTable(data / source.codes) for source in stream.sources if source.codes is not None}
+    if recorded:
+        digest = tokenizer_hash(tokenizer)
+        for path, table in recorded.items():
+            table.expect(digest, crop, data / path)
+    return recorded
+
+
+def _open_shard(file: Path) -> Any:
+    try:
+        return np.load(file, mmap_mode="r")
+    except ValueError as error:
+        raise ConfigError(f"{file} is damaged ({error}): delete it and call `beit3 tokenize images` again") from error

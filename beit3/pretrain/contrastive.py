@@ -65,6 +65,7 @@ class ContrastiveConfig(TaskConfig):
     eval_batch_size: int = 256
 
     def __post_init__(self) -> None:
+        require(not self.pairs.recorded, "contrastive tuning reads no codes: leave `codes` of the sources out")
         require(0 < self.keep_patches <= 1, f"keep_patches must lie in 0..1, not {self.keep_patches}")
         require(0 <= self.keyword_texts <= 1, f"keyword_texts is a probability, not {self.keyword_texts}")
         require(

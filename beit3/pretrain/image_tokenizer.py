@@ -52,6 +52,7 @@ class ImageTokenizerConfig(TaskConfig):
             (self.crop.size, self.crop.size) == self.tokenizer.image_size,
             f"crop.size ({self.crop.size}) must be the tokenizer's image_size {self.tokenizer.image_size}",
         )
+        require(not self.images.recorded, "a tokenizer's training reads no codes: leave `codes` of the sources out")
         require(self.cached_crops >= 0, f"cached_crops must not be negative, not {self.cached_crops}")
 
     def build(self) -> ImageTokenizer:
@@ -130,13 +131,15 @@ class ImageTokenizer(Task[CropBatch]):
                 num_workers=run.loop.num_workers,
             )
             return OneStream(loader, "images")
+        _ = self.teacher  # of another width: better said before its features are computed
         if rank and dist.is_initialized():
             dist.barrier()  # rank 0 fills the cache
         folders = [run.data / source.path for source in config.images.sources]
         table = build_feature_cache(
             run.folder / "cache",
             (sample for folder in folders for sample in load_prepared(folder)),
-            teacher=config.teacher,
+            teacher=self.teacher,
+            teacher_settings=to_plain(config.teacher),
             crop=config.crop,
             grid=config.tokenizer.grid,
             crops_per_picture=config.cached_crops,

@@ -80,13 +80,9 @@ class MaskedDataModelingConfig(TaskConfig):
             (self.crop.size, self.crop.size) == self.model.image_size,
             f"crop.size ({self.crop.size}) must be the model's image_size {self.model.image_size}",
         )
-        recorded = {
-            source.codes is not None
-            for stream in (self.pairs, self.images)
-            if stream is not None
-            for source in stream.sources
-        }
-        require(len(recorded) < 2, "either all sources of pairs and images have `codes`, or none has")
+        recorded = {stream.recorded for stream in (self.pairs, self.images) if stream is not None}
+        require(len(recorded) < 2, "either pairs and images both have `codes`, or neither has")
+        require(self.texts is None or not self.texts.recorded, "a stream of texts reads no codes: leave `codes` out")
         require(
             2 < self.max_text_length <= self.model.max_text_length,
             f"max_text_length must lie in 3..{self.model.max_text_length}, not {self.max_text_length}",

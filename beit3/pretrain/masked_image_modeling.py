@@ -75,8 +75,7 @@ class MaskedImageModelingConfig(TaskConfig):
         if self.target == "codes":
             require(self.visual_tokenizer is not None, "target 'codes' needs visual_tokenizer")
         else:
-            recorded = any(source.codes is not None for source in self.images.sources)
-            require(not recorded, "target 'pixels' reads no codes: leave `codes` of the sources out")
+            require(not self.images.recorded, "target 'pixels' reads no codes: leave `codes` of the sources out")
 
     def build(self) -> MaskedImageModeling:
         """Build the Task with random weights."""

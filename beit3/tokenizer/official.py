@@ -53,12 +53,11 @@ def is_visual_tokenizer(state: Mapping[str, Tensor]) -> bool:
     return _CODES in state
 
 
-def to_ours(state: Mapping[str, Tensor], num_heads: int | None = None) -> tuple[VQKDConfig, dict[str, Tensor]]:
+def to_ours(state: Mapping[str, Tensor]) -> tuple[VQKDConfig, dict[str, Tensor]]:
     """Translate official weights into ours; the teacher, where the file holds it, is left out.
 
     Args:
-        state: official names to tensors.
-        num_heads: H, which files do not store; None takes heads of 64.
+        state: official names to tensors. The number of heads is not stored: heads of 64, as all released files have.
 
     Returns:
         The tokenizer's configuration and a state dict that loads strictly.
@@ -67,7 +66,7 @@ def to_ours(state: Mapping[str, Tensor], num_heads: int | None = None) -> tuple[
         ConfigError: missing, unknown or wrongly shaped tensors.
     """
     found = {name: value for name, value in state.items() if not name.startswith(_TRAINING_ONLY)}
-    config = _infer_config(found, num_heads)
+    config = _infer_config(found)
     codes = found[_CODES]
     ours = {name: value for name, value in found.items() if not name.startswith("quantize.")}
     ours["quantize.codebook"] = codes
@@ -91,22 +90,22 @@ def to_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return official
 
 
-def _infer_config(state: Mapping[str, Tensor], num_heads: int | None) -> VQKDConfig:
+def _infer_config(state: Mapping[str, Tensor]) -> VQKDConfig:
     """Read every size from the shapes of a few tensors."""
     wanted = (_CODES, "encoder.pos_embed", "encoder.patch_embed.proj.weight", "decode_task_layer.2.weight")
     if missing := [name for name in wanted if name not in state]:
         raise ConfigError(f"not a VQ-KD tokenizer of BEiT v2: it has no {', '.join(missing)}")
     codes, positions, patch, teacher = (state[name] for name in wanted)
     width, side = positions.shape[-1], math.isqrt(positions.shape[1] - 1)
-    if num_heads is None and width % _HEAD_WIDTH:
-        raise ConfigError(f"the width {width} does not divide by a head width of {_HEAD_WIDTH}: give num_heads")
+    if width % _HEAD_WIDTH:
+        raise ConfigError(f"the width {width} does not divide by a head width of {_HEAD_WIDTH}, as in released files")
     return VQKDConfig(
         image_size=(side * patch.shape[-1], side * patch.shape[-1]),
         patch_size=patch.shape[-1],
         width=width,
         depth=_depth(state, "encoder"),
         decoder_depth=_depth(state, "decoder"),
-        num_heads=num_heads or width // _HEAD_WIDTH,
+        num_heads=width // _HEAD_WIDTH,
         codebook_size=codes.shape[0],
         code_width=codes.shape[1],
         teacher_width=teacher.shape[0],

@@ -131,10 +131,15 @@ class TimmTeacher(Teacher):
             raise _unloadable(name, "timm", error) from error
         if not hasattr(net, "forward_intermediates"):
             raise ConfigError(f"teacher '{name}' gives no feature maps through timm: choose another network")
+        if hasattr(net, "set_input_size"):
+            net.set_input_size(img_size=(image_size, image_size))  # transformers: other positions
         data = net.pretrained_cfg
         mean, std = data.get("mean", (0.485, 0.456, 0.406)), data.get("std", (0.229, 0.224, 0.225))
         # A ViT's last tokens are meant to be read behind its final norm.
-        getter = FeatureGetterNet(net, out_indices=(stage,), norm=stage == -1)
+        try:
+            getter = FeatureGetterNet(net, out_indices=(stage,), norm=stage == -1)
+        except AssertionError as error:
+            raise ConfigError(f"teacher.stage {stage} is not a stage of '{name}': {error}") from error
         super().__init__(image_size, tuple(mean), tuple(std), getter.feature_info.channels()[-1])
         self.net = getter
 

@@ -45,6 +45,8 @@ class VQKDConfig:
     """Training batches without use after which a code restarts; 0 never (official)."""
 
     def __post_init__(self) -> None:
+        for name in ("patch_size", "width", "depth", "decoder_depth", "num_heads", "codebook_size", "code_width"):
+            require(getattr(self, name) >= 1, f"tokenizer.{name} must be at least 1, not {getattr(self, name)}")
         for side in self.image_size:
             require(
                 side % self.patch_size == 0,

@@ -134,8 +134,8 @@ def fit(run: Run) -> dict[str, float]:
             _resume(trainer)
         with RunLog(run.folder, run.name, run.loop.steps, trainer.progress.step, ranks.is_main) as log:
             _train(trainer, log, stop)
+            _save(trainer)  # first: an evaluation that fails costs no training
             metrics = _evaluate(trainer, log)
-        _save(trainer)
         if ranks.is_main:
             trainer.evaluated.save(run.folder / EXPORT)
             (run.folder / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
 import beit3
 from beit3.cli import run_command
+from beit3.config import replace
 from beit3.tokenizer.official import load_visual_tokenizer
 from beit3.tokenizer.text import TextTokenizer
 from beit3.tokenizer.vqkd import VQKD, VQKDConfig
@@ -57,6 +58,22 @@ def test_text_becomes_ids(place: Path, workspace: Workspace, capsys: pytest.Capt
     ]
 
 
+def test_a_line_without_text_is_named_and_the_others_are_printed(
+    place: Path, workspace: Workspace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("words.txt").write_text("red apple\n\ngrinning cat\n")
+    assert run_command(["tokenize", "text", "words.txt", "--tokenizer", str(workspace.text_tokenizer)]) == 0
+    said = capsys.readouterr()
+    assert len(said.out.splitlines()) == 2
+    assert said.err.strip() == "words.txt:2: left out, empty_caption"
+
+
+@pytest.mark.parametrize("kind", [[], ["images"], ["text"]])
+def test_help_is_no_error(kind: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(["tokenize", *kind, "--help"]) == 0
+    assert "beit3 tokenize" in capsys.readouterr().out
+
+
 def test_a_visual_tokenizer_goes_to_the_released_layout_and_back(place: Path) -> None:
     config = VQKDConfig(image_size=(32, 32), patch_size=8, width=64, depth=1, num_heads=1, codebook_size=16)
     model = VQKD(config)
@@ -87,6 +104,16 @@ def test_a_model_goes_to_the_released_layout_and_back(place: Path) -> None:
     ("arguments", "code", "hint"),
     [
         (["tokenize"], 2, "takes images or text"),
+        (
+            ["tokenize", "text", "none.txt", "--tokenizer", "runs/text_emoji/tokenizer.spm"],
+            3,
+            "none.txt does not exist",
+        ),
+        (["tokenize", "text", "--tokenizer", "runs/text_emoji/tokenizer.spm"], 2, "give at least one file"),
+        (["convert", "runs/vqkd_emoji/export", "new.pth"], 2, "does not divide by a head width of 64"),
+        (["convert", "heads", "new.pth"], 2, "does not store num_heads, and 1 would be read back instead of 2"),
+        (["convert", "wide", "new.pth"], 2, "does not store num_heads, and 2 would be read back instead of 4"),
+        (["convert", "oblong", "new.pth"], 2, "does not store image_size"),
         (["tokenize", "pictures"], 2, "not 'pictures'"),
         ([*TOKENIZE[:4], "--tokenizer", "nowhere", "--crop.size", "48"], 3, "nowhere does not exist"),
         ([*TOKENIZE, "--crop.size", "64"], 2, "takes images of (48, 48)"),
@@ -98,8 +125,17 @@ def test_a_model_goes_to_the_released_layout_and_back(place: Path) -> None:
 def test_wrong_use_is_one_line(
     arguments: list[str], code: int, hint: str, place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    small = VQKDConfig(image_size=(32, 32), patch_size=8, width=64, depth=1, num_heads=1, codebook_size=16)
+    if "heads" in arguments:
+        VQKD(replace(small, num_heads=2)).save(Path("heads"))
+    if "oblong" in arguments:
+        VQKD(replace(small, image_size=(64, 16), patch_size=8)).save(Path("oblong"))
+    if "wide" in arguments:
+        shape: dict[str, Any] = {"width": 128, "num_heads": 4, "num_layers": 1, "vocab_size": 50, "fusion_layers": 0}
+        beit3.create_model("beit3_tiny_patch16_224", attention="decoupled", **shape).save_pretrained(Path("wide"))
     capsys.readouterr()
     assert run_command(arguments) == code
+    assert not Path("new.pth").exists()
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1, lines
     assert hint in lines[0]

@@ -17,7 +17,15 @@ from beit3.data.shard_writer import FolderWriter
 from beit3.data.shards import load_prepared
 from beit3.data.streams import Source, Stream
 from beit3.data.transforms import CropConfig, RandomCrop
-from beit3.data.visual_codes import CodesConfig, CodesReport, CodeTable, draw_crop, open_codes, write_codes
+from beit3.data.visual_codes import (
+    CodesConfig,
+    CodesReport,
+    CodeTable,
+    draw_crop,
+    open_codes,
+    tokenizer_hash,
+    write_codes,
+)
 from beit3.errors import BadSampleError, ConfigError, DataMissingError
 from beit3.tokenizer.vqkd import VQKD
 
@@ -45,8 +53,8 @@ def pictures(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture(scope="module")
-def codes(pictures: Path, settings: CodesConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("codes") / "codes"
+def codes(pictures: Path, settings: CodesConfig) -> Path:
+    out = pictures.parent / "codes"
     report = write_codes(pictures, out, settings, device=CPU, num_workers=2)
     assert report == CodesReport(44, 3, 0, report.skipped)
     assert report.skipped == {"unreadable_image": 1}
@@ -120,13 +128,57 @@ def another_tokenizer(settings: CodesConfig, folder: Path) -> Path:
     return folder
 
 
-def test_stale_codes_are_refused_and_say_what_differs(codes: Path, settings: CodesConfig, tmp_path: Path) -> None:
-    table = CodeTable(codes)
-    table.expect(settings.tokenizer, CROP)
+def test_stale_codes_are_refused_and_say_what_differs(
+    pictures: Path, codes: Path, settings: CodesConfig, tmp_path: Path
+) -> None:
+    table, own = CodeTable(codes), tokenizer_hash(settings.tokenizer)
+    table.expect(own, CROP, pictures)
     with pytest.raises(ConfigError, match="made with another tokenizer;"):
-        table.expect(another_tokenizer(settings, tmp_path / "other"), CROP)
+        table.expect(tokenizer_hash(another_tokenizer(settings, tmp_path / "other")), CROP, pictures)
     with pytest.raises(ConfigError, match=r"made with another crop\.flip, crop\.size;"):
-        table.expect(settings.tokenizer, replace(CROP, flip=0.0, size=32))
+        table.expect(own, replace(CROP, flip=0.0, size=32), pictures)
+
+
+def test_codes_of_pictures_that_were_prepared_again_are_stale(
+    pictures: Path, codes: Path, settings: CodesConfig, tmp_path: Path
+) -> None:
+    """Keys and sizes may be the same: the shards themselves count."""
+    others = tmp_path / "pictures"
+    shutil.copytree(pictures, others)
+    shard = others / "shard-00001.tar"
+    content = bytearray(shard.read_bytes())
+    content[2000] ^= 1
+    shard.write_bytes(bytes(content))
+    with pytest.raises(ConfigError, match=r"made with another shards\.shard-00001\.tar;"):
+        CodeTable(codes).expect(tokenizer_hash(settings.tokenizer), CROP, others)
+    with pytest.raises(ConfigError, match=r"codes of another shards\.shard-00001\.tar: choose"):
+        write_codes(others, codes, settings, device=CPU)
+
+
+def test_a_training_run_waits_for_the_codes_of_all_shards(
+    pictures: Path, codes: Path, settings: CodesConfig, tmp_path: Path
+) -> None:
+    half = tmp_path / "half"
+    shutil.copytree(codes, half)
+    (half / "shard-00002.npy").unlink()
+    with pytest.raises(DataMissingError, match=r"1 of 3 shards have no codes yet, such as shard-00002\.tar"):
+        CodeTable(half).expect(tokenizer_hash(settings.tokenizer), CROP, pictures)
+
+
+@pytest.mark.parametrize("name", ["codes.json", "shard-00001.npy"])
+def test_a_damaged_file_is_one_line(codes: Path, tmp_path: Path, name: str) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(codes, damaged)
+    (damaged / name).write_bytes((damaged / name).read_bytes()[:90])
+    with pytest.raises(ConfigError, match=name) as caught:
+        CodeTable(damaged)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_of_texts_is_refused(workspace: Workspace, settings: CodesConfig, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="text holds no pictures"):
+        write_codes(workspace.data / "text", tmp_path / "out", settings, device=CPU)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_training_run_opens_the_codes_of_its_own_tokenizer_and_crop_only(codes: Path, settings: CodesConfig) -> None:
@@ -137,7 +189,9 @@ def test_a_training_run_opens_the_codes_of_its_own_tokenizer_and_crop_only(codes
     with pytest.raises(ConfigError, match="stale"):
         open_codes(stream, codes.parent, settings.tokenizer, CropConfig(size=48))
     with pytest.raises(DataMissingError, match="holds no codes"):
-        open_codes(stream, codes, settings.tokenizer, CROP)
+        open_codes(
+            replace(stream, sources=(Source(path="pictures", codes="nothing"),)), codes.parent, settings.tokenizer, CROP
+        )
 
 
 def test_a_picture_without_codes_is_a_bad_sample(codes: Path) -> None:

@@ -7,6 +7,7 @@ import pytest
 from beit3.config import replace
 from beit3.data.streams import Source, Stream
 from beit3.data.transforms import CropConfig
+from beit3.errors import ConfigError
 from beit3.pretrain.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
 from beit3.tokenizer.teachers import TeacherConfig
 from beit3.tokenizer.vqkd import VQKDConfig
@@ -17,6 +18,14 @@ CONFIG = ImageTokenizerConfig(
     images=Stream(sources=(Source(path="images"),), batch_size=2),
     crop=CropConfig(size=16),
 )
+
+
+def test_recorded_codes_are_refused_where_nothing_reads_them() -> None:
+    stream = Stream(sources=(Source(path="images", codes="codes"),), batch_size=2)
+    with pytest.raises(ConfigError, match="training reads no codes"):
+        replace(CONFIG, images=stream)
+    with pytest.raises(ConfigError, match="all sources of a stream have `codes`, or none has"):
+        Stream(sources=(Source(path="images", codes="codes"), Source(path="more")), batch_size=2)
 
 
 @pytest.mark.parametrize(("use", "bound", "heard"), [(0.6, 0.5, False), (0.5, 0.5, False), (0.49, 0.5, True)])

@@ -399,5 +399,5 @@ def test_recorded_codes_are_targets_in_place_of_the_tokenizer(
 
 
 def test_codes_for_some_sources_only_are_refused(mdm_config: MaskedDataModelingConfig) -> None:
-    with pytest.raises(ConfigError, match="either all sources of pairs and images have `codes`, or none"):
+    with pytest.raises(ConfigError, match="either pairs and images both have `codes`, or neither"):
         replace(mdm_config, images=Stream(sources=(Source(path="images", codes="codes"),), batch_size=3))

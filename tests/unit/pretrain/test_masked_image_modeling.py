@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import beit3
-from beit3.config import Run, replace
+from beit3.config import OptimConfig, Run, replace
 from beit3.data.emoji import load_cells
 from beit3.data.streams import Source, Stream
 from beit3.data.transforms import CropConfig
@@ -23,6 +23,7 @@ from beit3.model.presets import ModelConfig
 from beit3.pretrain.masked_batches import MaskedBatch
 from beit3.pretrain.masked_image_modeling import MaskedImageModeling, MaskedImageModelingConfig
 from beit3.tokenizer.vqkd import VQKD
+from beit3.train.optim import build_optimizer
 
 if TYPE_CHECKING:
     from tests.conftest import Workspace
@@ -194,6 +195,42 @@ def test_every_trained_parameter_gets_a_gradient_and_text_parameters_are_frozen(
     trained = {name for name, parameter in task.named_parameters() if parameter.requires_grad}
     assert not any("text" in name for name in trained)
     assert any("aggregation" in name for name in trained)
+
+
+def test_attention_of_its_own_per_modality_works_under_aggregation(build: Build, batch: MaskedBatch) -> None:
+    task = build(**{"model.attention": "decoupled"})
+    task(batch)["loss"].backward()
+    for name, parameter in task.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+    assert not any("text" in name for name, _ in task.model.aggregation_blocks.named_parameters())
+
+
+def test_drop_path_drops_whole_pictures_in_the_aggregation_too(build: Build, batch: MaskedBatch) -> None:
+    task = build(**{"model.drop_path": 0.999999})
+    task.train()
+    early: list[Tensor] = []
+    task.model.backbone.blocks[1].register_forward_hook(lambda _block, _inputs, out: early.append(out[0]))
+    last: list[Tensor] = []
+    task.model.aggregation_blocks[-1].register_forward_hook(lambda _block, _inputs, out: last.append(out[0]))
+    task(batch)
+    shape = (5, 37, MODEL.width)
+    torch.testing.assert_close(last[0].view(shape)[:, 1:], early[0].view(shape)[:, 1:])
+
+
+def test_the_blocks_of_aggregation_are_turned_by_muon_and_decay_as_the_last_layer(
+    build: Build, batch: MaskedBatch
+) -> None:
+    task = build()
+    muon = build_optimizer(task, OptimConfig(name="nmuon", lr=0.01))
+    task(batch)["loss"].backward()
+    muon.step()
+    blocks = dict(task.model.aggregation_blocks.named_parameters())
+    for name, parameter in blocks.items():
+        assert ("momentum_buffer" in muon.state[parameter]) == (parameter.ndim == 2), name
+    assert "exp_avg" in muon.state[task.model.head.weight]
+    decayed = build_optimizer(task, OptimConfig(layer_decay=0.5, lr=0.01))
+    scales = {id(p): group["lr_scale"] for group in decayed.param_groups for p in group["params"]}
+    assert {scales[id(parameter)] for parameter in blocks.values()} == {1.0}
 
 
 def test_a_fixed_batch_is_learned(build: Build, batch: MaskedBatch) -> None:

@@ -158,6 +158,16 @@ def test_a_vit_of_a_local_folder_gives_its_patch_tokens(tmp_path: Path) -> None:
     torch.testing.assert_close(features, tokens[:, net.num_prefix_tokens :], rtol=1e-4, atol=1e-5)
 
 
+def test_a_vit_sees_pictures_of_another_size_than_its_own(tmp_path: Path) -> None:
+    teacher = build_teacher(TeacherConfig(kind="timm", name=str(save_dino(tmp_path / "dino")), image_size=48))
+    assert teacher.feature_map(torch.rand(1, 3, 48, 48)).shape == (1, 24, 6, 6)
+
+
+def test_a_stage_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ConfigError, match="stage 9 is not a stage of 'resnet10t'"):
+        build_teacher(TeacherConfig(kind="timm", name="resnet10t", image_size=32, stage=9, pretrained=False))
+
+
 def test_an_unknown_kind_is_refused() -> None:
     with pytest.raises(ConfigError, match="efficientnet_lite0, timm, clip"):
         build_teacher(TeacherConfig(kind="dino"))  # type: ignore[arg-type]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from beit3.config import Run, TaskConfig, config, replace
+from beit3.errors import DataMissingError
 from beit3.train.task import Loader, Task, Work
 
 WIDTH = 4
@@ -27,6 +28,7 @@ class LineConfig(TaskConfig):
     stop_at: int = 0
     """Forward pass during which SIGTERM arrives."""
     dropout: float = 0.0
+    evaluation_fails: bool = False
 
     def build(self) -> Line:
         return Line(self)
@@ -90,6 +92,8 @@ class Line(Task[Tensor]):
         torch.save(self.linear.state_dict(), folder / "line.pt")
 
     def eval_loader(self, run: Run) -> Iterable[Tensor] | None:
+        if self.config.evaluation_fails:
+            raise DataMissingError("held out: no such folder")
         return [torch.ones(2, WIDTH + 1)]
 
     def evaluate(self, loader: Iterable[Tensor]) -> dict[str, float]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from beit3.config import Run
-from beit3.errors import ConfigError, DivergedError, PreemptedError
+from beit3.errors import ConfigError, DataMissingError, DivergedError, PreemptedError
 from beit3.train.checkpoint import list_checkpoints
 from beit3.train.log import read_log
 from beit3.train.loop import fit
@@ -144,6 +144,13 @@ def test_the_moving_average_follows_its_formula_and_is_what_is_exported(line_run
     assert not torch.allclose(exported(run)["weight"], trained[-1])
     answer = 2 * float(exported(run)["weight"].sum() + exported(run)["bias"])
     assert metrics["answer"] == pytest.approx(answer, rel=1e-5)
+
+
+def test_an_evaluation_that_fails_costs_no_training(line_run: MakeRun, tasks: Tasks) -> None:
+    run = line_run(**{"loop.save_every": 100, "task.evaluation_fails": True})
+    with pytest.raises(DataMissingError, match="held out"):
+        fit(run)
+    assert [path.name for path in list_checkpoints(run.folder / "checkpoints")] == ["step-00000006"]
 
 
 def test_evaluation_leaves_the_random_numbers_of_training_alone(line_run: MakeRun, tasks: Tasks) -> None:
