@@ -11,83 +11,128 @@ from tyro.conf import Positional
 from beit3.config import require
 from beit3.data.shard_writer import PrepareReport
 from beit3.data.shards import REPORT_FILE
+from beit3.data.visual_codes import SETTINGS_FILE, CodeTable
 from beit3.errors import ConfigError, DataMissingError
 from beit3.model import official
 from beit3.model.exchange import read_settings
+from beit3.model.heads import AnyModel
 from beit3.model.presets import ModelConfig
 from beit3.model.store import load_model
+from beit3.pretrain.text_tokenizer import TOKENIZER_FILE
 from beit3.tokenizer.official import is_visual_tokenizer, load_visual_tokenizer
-from beit3.tokenizer.teachers import read_teacher
+from beit3.tokenizer.teachers import KINDS, TeacherConfig, read_teacher
 from beit3.tokenizer.text import TextTokenizer
 from beit3.tokenizer.vqkd import VQKD
 from beit3.tokenizer_page import load_pictures, write_tokenizer_page
-from beit3.train.loop import EXPORT
+from beit3.train.loop import EXPORT, RUN_FILE
+
+Held = VQKD | AnyModel | TextTokenizer | CodeTable | PrepareReport
 
 
-def info(source: Positional[Path], *, page: Path | None = None, images: Path | None = None, number: int = 2000) -> None:
+def info(
+    source: Positional[Path],
+    *,
+    page: Path | None = None,
+    images: Path | None = None,
+    number: int = 2000,
+    teacher: str | None = None,
+    teacher_size: int = 224,
+) -> None:
     """Say what a file or folder holds; for a visual tokenizer, write a page of what its codes mean.
 
     Args:
-        source: folder of a run or its export, released `.pth` file, `.spm` file, or prepared data.
+        source: folder of a run or its export, released `.pth` file, `.spm` file, prepared data, or recorded codes.
         page: HTML file to write about a visual tokenizer; needs `images`.
         images: prepared folder whose pictures the page shows.
         number: pictures of the page, drawn at random.
+        teacher: KIND:NAME of the teacher to compare with, such as clip:openai/clip-vit-base-patch16 or timm:FOLDER;
+            left out, the one the tokenizer's folder names. Released files name none.
+        teacher_size: side in pixels of what that teacher sees.
     """
-    if source.is_dir() and (source / EXPORT).is_dir():
-        source = source / EXPORT
-    print("\n".join(describe(source)))
     require((page is None) == (images is None), "a page needs both --page and --images")
+    require(number >= 1, f"--number must be at least 1, not {number}")
+    place, held = open_source(source)
+    own = read_teacher(place) if isinstance(held, VQKD) and place.is_dir() else None
+    print("\n".join(describe(place, held, own)))
     if page is None or images is None:
         return
-    if not _holds_visual_tokenizer(source):
+    if not isinstance(held, VQKD):
         raise ConfigError(f"{source} is no visual tokenizer: pages are written about those alone")
-    tokenizer = load_visual_tokenizer(source)
-    pictures = load_pictures(images, tokenizer.config.image_size, number)
-    teacher = read_teacher(source) if source.is_dir() else None
-    lead = f"{_tokenizer_line(tokenizer)}. Shown on {len(pictures):,} pictures of {images.name}."
-    title = f"Visual tokenizer {source.parent.name if source.name == EXPORT else source.stem}"
-    write_tokenizer_page(page, tokenizer, pictures, title=title, lead=lead, teacher=teacher)
+    compared = own if teacher is None else _parse_teacher(teacher, teacher_size)
+    pictures = load_pictures(images, held.config.image_size, number)
+    lead = f"{_tokenizer_line(held)}. Shown on {len(pictures):,} pictures of {images.name}."
+    title = f"Visual tokenizer {place.parent.name if place.name == EXPORT else place.stem}"
+    run = place.parent if place.name == EXPORT else None
+    write_tokenizer_page(page, held, pictures, title=title, lead=lead, teacher=compared, run=run)
     print(f"{page}: written")
 
 
-def describe(source: Path) -> list[str]:
-    """What a source holds, in a few lines.
+def open_source(source: Path) -> tuple[Path, Held]:
+    """Open whatever a source is; also returns the place within a run's folder.
 
     Raises:
-        DataMissingError: the source does not exist.
+        DataMissingError: the source does not exist, or is a run that has not finished.
         ConfigError: it is none of the known kinds, or damaged.
     """
     if not source.exists():
         raise DataMissingError(f"{source} does not exist")
+    if (source / RUN_FILE).is_file() or (source / EXPORT).is_dir():
+        if not (source / EXPORT).is_dir():
+            raise DataMissingError(f"{source} is a run that has not finished: call `beit3 train` with --resume first")
+        source = source / EXPORT
+    if (source / TOKENIZER_FILE).is_file() and not (source / "config.json").is_file():
+        source = source / TOKENIZER_FILE
     if (source / REPORT_FILE).is_file():
-        return PrepareReport(**json.loads((source / REPORT_FILE).read_text(encoding="utf-8"))).lines()
+        try:
+            return source, PrepareReport(**json.loads((source / REPORT_FILE).read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"{source / REPORT_FILE} is damaged ({error}): prepare the data again") from error
+    if (source / SETTINGS_FILE).is_file():
+        return source, CodeTable(source)
     if source.suffix == ".spm":
-        tokenizer = TextTokenizer.load(source)
-        return [f"{source}: text tokenizer", f"  ids         {len(tokenizer):,}, <mask> is {tokenizer.mask_id}"]
-    if _holds_visual_tokenizer(source):
-        return _describe_tokenizer(source)
-    model = load_model(source)
-    return [f"{source}: {model.task or 'backbone'}", *_shape(model.model_config), _parameters(model)]
-
-
-def _holds_visual_tokenizer(source: Path) -> bool:
+        return source, TextTokenizer.load(source)
     if (source / "config.json").is_file():
-        return bool(read_settings(source).get("kind") == "vqkd")
-    return source.is_file() and source.suffix != ".spm" and is_visual_tokenizer(official.read_official(source))
+        tokenizer = read_settings(source).get("kind") == "vqkd"
+    elif source.is_file():
+        tokenizer = is_visual_tokenizer(official.read_official(source))
+    else:
+        raise ConfigError(f"{source} holds no model, tokenizer, prepared data or codes")
+    return source, load_visual_tokenizer(source) if tokenizer else load_model(source)
 
 
-def _describe_tokenizer(source: Path) -> list[str]:
-    tokenizer = load_visual_tokenizer(source)
-    lines = [f"{source}: visual tokenizer (VQ-KD)", f"  shape       {_tokenizer_line(tokenizer)}"]
+def describe(source: Path, held: Held, teacher: TeacherConfig | None) -> list[str]:
+    """What a source holds, in a few lines; the teacher is that of a visual tokenizer."""
+    if isinstance(held, PrepareReport):
+        return held.lines()
+    if isinstance(held, CodeTable):
+        record = held.settings
+        crops = f"{record['crops']} crops each, {record['codebook_size']:,} codes"
+        return [f"{source}: visual tokens of {len(held):,} pictures, {crops}, tokenizer {record['tokenizer']}"]
+    if isinstance(held, TextTokenizer):
+        return [f"{source}: text tokenizer", f"  ids         {len(held):,}, <mask> is {held.mask_id}"]
+    if isinstance(held, VQKD):
+        return [f"{source}: visual tokenizer (VQ-KD)", *_describe_tokenizer(held, teacher), _parameters(held)]
+    return [f"{source}: {held.task or 'backbone'}", *_shape(held.model_config), _parameters(held)]
+
+
+def _describe_tokenizer(tokenizer: VQKD, teacher: TeacherConfig | None) -> list[str]:
+    lines = [f"  shape       {_tokenizer_line(tokenizer)}"]
     values = tokenizer.quantize.statistics()
     if float(tokenizer.quantize.usage.sum()):
         use = f"{float(values['codebook_use']):.1%}, perplexity {float(values['perplexity']):,.0f}"
         lines.append(f"  use         {use} (moving average of training)")
-    teacher = read_teacher(source) if source.is_dir() else None
     if teacher is not None:
         named = "" if teacher.kind == "efficientnet_lite0" else f" {teacher.name}"
         lines.append(f"  teacher     {teacher.kind}{named} at {teacher.image_size} pixels")
-    return [*lines, _parameters(tokenizer)]
+    return lines
+
+
+def _parse_teacher(text: str, size: int) -> TeacherConfig:
+    kind, _, name = text.partition(":")
+    for known in KINDS:
+        if kind == known:
+            return TeacherConfig(kind=known, name=name, image_size=size)
+    raise ConfigError(f"--teacher takes KIND:NAME with a KIND of {', '.join(KINDS)}, not '{text}'")
 
 
 def _tokenizer_line(tokenizer: VQKD) -> str:

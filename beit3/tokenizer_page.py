@@ -22,6 +22,7 @@ from beit3.data.transforms import EvalResize
 from beit3.errors import BadSampleError, ConfigError, DataMissingError
 from beit3.tokenizer.teachers import Teacher, TeacherConfig, build_teacher
 from beit3.tokenizer.vqkd import VQKD
+from beit3.train.log import read_log
 from beit3.train.report import Pixels, Report, Section, tile
 
 _SEED = 0
@@ -65,7 +66,14 @@ class CodeBook:
 
 
 def write_tokenizer_page(
-    path: Path, tokenizer: VQKD, pictures: Tensor, *, title: str, lead: str, teacher: TeacherConfig | None
+    path: Path,
+    tokenizer: VQKD,
+    pictures: Tensor,
+    *,
+    title: str,
+    lead: str,
+    teacher: TeacherConfig | None,
+    run: Path | None,
 ) -> None:
     """Write the page.
 
@@ -76,6 +84,7 @@ def write_tokenizer_page(
         title: of the page.
         lead: what the tokenizer is and where the pictures come from.
         teacher: the one it learned from; None leaves the comparison out.
+        run: folder of its training run; None leaves the curves out.
     """
     book = CodeBook(tokenizer, pictures)
     report = Report(title, lead)
@@ -86,8 +95,25 @@ def write_tokenizer_page(
             show_similarity(section, book, build_teacher(teacher))
         except DataMissingError as error:
             section.text(f"No comparison: {error}")
+    if run is not None:
+        show_training(report.section("Training"), run)
     path.parent.mkdir(parents=True, exist_ok=True)
     report.save(path)
+
+
+def show_training(section: Section, run: Path) -> None:
+    """Curves of a tokenizer's training, and its alarms."""
+    section.curves(
+        run,
+        {
+            "loss": ["distillation_loss", "commitment_loss"],
+            "codebook use": ["codebook_use"],
+            "perplexity": ["perplexity"],
+        },
+    )
+    section.curves(run, {"dead codes": ["dead_codes"], "quantization error": ["quantization_error"]})
+    for alarm in read_log(run, "alarm"):
+        section.text(f"Alarm at step {alarm['step']}: {alarm['text']}")
 
 
 def load_pictures(folder: Path, size: tuple[int, int], number: int) -> Tensor:

@@ -75,7 +75,8 @@ def measure_codebooks(options: argparse.Namespace) -> None:
     print("| codes | idle codes revived | used on held-out pictures | perplexity | cosine to teacher |")
     print("|---|---|---|---|---|")
     unrevived: dict[str, Any] = {"kind": "-norevive", "task.tokenizer.revive_after": 0}
-    for codes, changes in [(size, changes) for changes in ({}, unrevived) for size in options.sizes]:
+    ablated = sorted({USUAL, max(options.sizes)})
+    for codes, changes in [*((size, {}) for size in options.sizes), *((size, unrevived) for size in ablated)]:
         found = []
         for seed in range(options.seeds):
             run = tokenizer_run(options, seed, codes, **changes)

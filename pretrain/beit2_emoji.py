@@ -56,8 +56,8 @@ def open_pictures() -> Run:
             "task.visual_tokenizer": Path("runs/vqkd_open_pictures/export"),
             "task.eval_images": "held_out",
             "optim.warmup_steps": 50,
-            "loop.steps": 1000,
-            "loop.save_every": 500,
+            "loop.steps": 600,
+            "loop.save_every": 300,
         },
     )
 

