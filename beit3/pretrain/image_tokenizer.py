@@ -101,20 +101,20 @@ class ImageTokenizer(Task[CropBatch]):
         super().__init__()
         self.config = config
         self.model = VQKD(config.tokenizer)
-        self._outside: list[Teacher] = []
 
     @property
     def teacher(self) -> Teacher:
-        """The frozen teacher, loaded when it is first needed; outside the module tree and so in no checkpoint."""
-        if not self._outside:
-            self._outside.append(build_teacher(self.config.teacher))
-            width = self._outside[0].width
+        """The frozen teacher, loaded when it is first needed."""
+        if not self._frozen:
+            loaded, wanted = build_teacher(self.config.teacher), self.config.tokenizer.teacher_width
             require(
-                width == self.config.tokenizer.teacher_width,
-                f"tokenizer.teacher_width is {self.config.tokenizer.teacher_width}, the teacher has {width} features",
+                loaded.width == wanted,
+                f"tokenizer.teacher_width is {wanted}, the teacher has {loaded.width} features",
             )
-        device = self.model.quantize.codebook.device
-        return self._outside[0].to(device)
+            self.keep_frozen(loaded.to(self.model.quantize.codebook.device))
+        (teacher,) = self._frozen
+        assert isinstance(teacher, Teacher)
+        return teacher
 
     def train_loader(self, run: Run, rank: int, world_size: int) -> Loader[CropBatch]:
         """Batches of new crops, or of cached ones with their features."""

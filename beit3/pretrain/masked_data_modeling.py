@@ -111,19 +111,14 @@ class MaskedDataModeling(Task[MaskedBatch]):
         self.model.backbone.freeze_unreached(images=images, texts=texts, pairs=pairs)
         self.model.mim_head.requires_grad_(images or pairs)
         self.model.mlm_head.requires_grad_(texts or pairs)
-        # Outside the module tree: frozen, with a file of its own, it belongs in no checkpoint.
-        self._outside = (visual_tokenizer,)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MaskedDataModeling:
-        """Let the visual tokenizer follow to another device."""
-        self._outside[0]._apply(fn)  # type: ignore[no-untyped-call]
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return self
+        self.keep_frozen(visual_tokenizer)
 
     @property
     def visual_tokenizer(self) -> VQKD:
         """The frozen tokenizer that makes the targets."""
-        return self._outside[0]
+        (tokenizer,) = self._frozen
+        assert isinstance(tokenizer, VQKD)
+        return tokenizer
 
     def train_loader(self, run: Run, rank: int, world_size: int) -> Loader[MaskedBatch]:
         """One batch of every stream for each step, joined."""

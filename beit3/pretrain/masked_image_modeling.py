@@ -140,22 +140,13 @@ class MaskedImageModeling(Task[MaskedBatch]):
         super().__init__()
         self.config = config
         outputs = 3 * config.model.patch_size**2
-        tokenizer: VQKD | None = None
         if config.target == "codes":
             assert config.visual_tokenizer is not None
             tokenizer = load_visual_tokenizer(config.visual_tokenizer)
             tokenizer.check_fits(config.model.grid, config.crop.tokenizer_size or config.crop.size)
             outputs = tokenizer.config.codebook_size
+            self.keep_frozen(tokenizer)
         self.model = MaskedImageModel(config, outputs)
-        # Outside the module tree: frozen, with a file of its own, it belongs in no checkpoint.
-        self._outside = (tokenizer,)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MaskedImageModeling:
-        """Let the visual tokenizer follow to another device."""
-        if self._outside[0] is not None:
-            self._outside[0]._apply(fn)  # type: ignore[no-untyped-call]
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return self
 
     def train_loader(self, run: Run, rank: int, world_size: int) -> Loader[MaskedBatch]:
         """Endless batches of masked pictures."""
@@ -232,8 +223,9 @@ class MaskedImageModeling(Task[MaskedBatch]):
     def _targets(self, batch: MaskedBatch) -> Tensor:
         """Codes (M,), or normalised pixels (M, 3 P P), of the hidden patches."""
         if self.config.target == "codes":
-            assert self._outside[0] is not None
-            return hidden_codes(batch, self._outside[0])
+            (tokenizer,) = self._frozen
+            assert isinstance(tokenizer, VQKD)
+            return hidden_codes(batch, tokenizer)
         images, mask = batch.packed.images, batch.packed.image_mask
         assert images is not None
         assert mask is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -80,6 +80,20 @@ class Work:
 
 class Task(nn.Module, ABC, Generic[B]):
     """One objective: a model, its batches and its loss. The loop knows nothing else of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._frozen: list[nn.Module] = []
+
+    def keep_frozen(self, module: nn.Module) -> None:
+        """Keep a network that makes targets: it follows to other devices, but it is trained and saved nowhere."""
+        self._frozen.append(module)  # a list, which torch does not search for modules
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Task[B]:
+        for module in self._frozen:
+            module._apply(fn)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     @abstractmethod
     def train_loader(self, run: Run, rank: int, world_size: int) -> Loader[B]:
