@@ -11,7 +11,7 @@ from tyro.conf import Positional, arg
 from beit3.config import require
 from beit3.data.raw_sources import read_documents
 from beit3.data.texts import clean_text
-from beit3.data.visual_codes import CodesConfig, write_codes
+from beit3.data.write_codes import CodesConfig, write_codes
 from beit3.errors import BadSampleError, DataMissingError
 from beit3.tokenizer.text import TextTokenizer
 from beit3.train.distributed import choose_device

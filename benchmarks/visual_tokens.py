@@ -27,7 +27,7 @@ from beit3.data.images import decode_image
 from beit3.data.shards import load_prepared
 from beit3.data.streams import Source
 from beit3.data.transforms import EvalResize, normalize
-from beit3.data.visual_codes import CodesConfig, write_codes
+from beit3.data.write_codes import CodesConfig, write_codes
 from beit3.metrics.probe import knn_accuracy, linear_accuracy
 from beit3.model.heads import build_model
 from beit3.model.store import load_model

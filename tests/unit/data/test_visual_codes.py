@@ -17,15 +17,8 @@ from beit3.data.shard_writer import FolderWriter
 from beit3.data.shards import load_prepared
 from beit3.data.streams import Source, Stream
 from beit3.data.transforms import CropConfig, RandomCrop
-from beit3.data.visual_codes import (
-    CodesConfig,
-    CodesReport,
-    CodeTable,
-    draw_crop,
-    open_codes,
-    tokenizer_hash,
-    write_codes,
-)
+from beit3.data.visual_codes import CodeTable, draw_crop, open_codes, tokenizer_hash
+from beit3.data.write_codes import CodesConfig, CodesReport, write_codes
 from beit3.errors import BadSampleError, ConfigError, DataMissingError
 from beit3.tokenizer.vqkd import VQKD
 

@@ -17,7 +17,7 @@ from beit3.data.images import decode_image
 from beit3.data.shards import Sample
 from beit3.data.streams import Source, Stream
 from beit3.data.transforms import CropConfig, EvalResize, RandomCrop, Views
-from beit3.data.visual_codes import CodesConfig, write_codes
+from beit3.data.write_codes import CodesConfig, write_codes
 from beit3.errors import BadSampleError, ConfigError
 from beit3.model.flops import forward_flops
 from beit3.pretrain.masked_batches import Kind, MaskedBatch, MaskedEncoder, join_batches
