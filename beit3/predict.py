@@ -64,6 +64,7 @@ class Predictor:
 
     def __init__(self, model: AnyModel, tokenizer: TextTokenizer | None, preprocess: dict[str, Any]) -> None:
         self.model = model.eval()
+        self._backbone = model if isinstance(model, MultiwayTransformer) else model.backbone
         self._tokenizer = tokenizer
         self.max_text_length = int(preprocess.get("max_text_length", 0))
         height, width = preprocess["image_size"]
@@ -139,7 +140,7 @@ class Predictor:
     def _encode_images(self, images: Tensor) -> Tensor:
         if isinstance(self.model, RetrievalModel):
             return self.model.encode_image(images)
-        out = self.model(images)
+        out = self._backbone(images)
         assert out.vision is not None
         return F.normalize(out.vision[:, 0], dim=-1)
 
@@ -148,7 +149,7 @@ class Predictor:
         ids, mask = ids.to(self._device), mask.to(self._device)
         if isinstance(self.model, RetrievalModel):
             return self.model.encode_text(ids, mask)
-        out = self.model(text_ids=ids, text_mask=mask)
+        out = self._backbone(text_ids=ids, text_mask=mask)
         assert out.text is not None
         return F.normalize(out.text[:, 0], dim=-1)
 
@@ -158,8 +159,7 @@ class Predictor:
 
     def _in_batches(self, items: Sequence[T], encode: Callable[[Sequence[T]], Tensor]) -> Tensor:
         parts = [encode(batch).float().cpu() for batch in _chunks(items)]
-        width = (self.model if isinstance(self.model, MultiwayTransformer) else self.model.backbone).config.width
-        return torch.cat(parts) if parts else torch.empty(0, width)
+        return torch.cat(parts) if parts else torch.empty(0, self._backbone.config.width)
 
 
 def _chunks(items: Sequence[T]) -> Iterator[Sequence[T]]:

@@ -21,6 +21,7 @@ from beit3.model.transformer import MultiwayTransformer, Output, PackedOutput
 
 CODEBOOK_SIZE = 8192
 """Visual tokens of the official release."""
+_SMALL_START = 1e-3
 
 
 class TaskModel(PretrainedModel):
@@ -98,19 +99,144 @@ class RetrievalModel(TaskModel):
         return F.normalize(self.language_head(out.text[:, 0]), dim=-1)
 
 
-AnyModel = MultiwayTransformer | PretrainingModel | RetrievalModel
-_TASKS: tuple[str, ...] = ("pretraining", "retrieval")
+class ClassificationModel(TaskModel):
+    """Images to classes: the mean of the patches, a LayerNorm, a linear map (BEiT-3 on ImageNet-1k)."""
+
+    task = "classification"
+
+    def __init__(self, config: ModelConfig, num_classes: int = 1000) -> None:
+        super().__init__()
+        self.backbone = MultiwayTransformer(config)
+        self.fc_norm = nn.LayerNorm(config.width)
+        self.head = nn.Linear(config.width, num_classes)
+        _start_small(self.head)
+
+    @property
+    def head_options(self) -> dict[str, Any]:
+        """What rebuilding this model needs besides the transformer's configuration."""
+        return {"num_classes": self.head.out_features}
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, classes) of images (B, 3, H, W)."""
+        out: Output = self.backbone(images)
+        assert out.vision is not None
+        logits: Tensor = self.head(self.fc_norm(out.vision[:, 1:].mean(dim=1)))
+        return logits
+
+
+class Pooler(nn.Module):
+    """LayerNorm, linear map and tanh of one state (B, D)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.dense = nn.Linear(width, width)
+
+    def forward(self, state: Tensor) -> Tensor:
+        """Pool (B, D)."""
+        return torch.tanh(self.dense(self.norm(state)))
+
+
+class VQAModel(TaskModel):
+    """A question about an image to one of the frequent answers, from the image's class token (BEiT-3 on VQAv2)."""
+
+    task = "vqa"
+
+    def __init__(self, config: ModelConfig, num_answers: int = 3129) -> None:
+        super().__init__()
+        self.backbone = MultiwayTransformer(config)
+        self.pooler = Pooler(config.width)
+        hidden = 2 * config.width
+        first, last = nn.Linear(config.width, hidden), nn.Linear(hidden, num_answers)
+        self.head = nn.Sequential(first, nn.LayerNorm(hidden), nn.GELU(), last)
+        for layer in (self.pooler.dense, first, last):
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+
+    @property
+    def head_options(self) -> dict[str, Any]:
+        """What rebuilding this model needs besides the transformer's configuration."""
+        return {"num_answers": self.head[-1].out_features}
+
+    def forward(self, images: Tensor, text_ids: Tensor, text_mask: Tensor | None = None) -> Tensor:
+        """Logits (B, answers) of images (B, 3, H, W) and questions (B, T)."""
+        out: Output = self.backbone(images, text_ids, text_mask)
+        assert out.vision is not None
+        logits: Tensor = self.head(self.pooler(out.vision[:, 0]))
+        return logits
+
+
+class TwoLayerHead(nn.Module):
+    """LayerNorm, linear map, LayerNorm, GELU, linear map; the second width is half the first."""
+
+    def __init__(self, width: int, outputs: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.dense1 = nn.Linear(width, width // 2)
+        self.norm2 = nn.LayerNorm(width // 2)
+        self.dense2 = nn.Linear(width // 2, outputs)
+        for layer in (self.dense1, self.dense2):
+            _start_small(layer)
+
+    def forward(self, state: Tensor) -> Tensor:
+        """(B, width) to (B, outputs)."""
+        logits: Tensor = self.dense2(F.gelu(self.norm2(self.dense1(self.norm1(state)))))
+        return logits
+
+
+class NLVR2Model(TaskModel):
+    """Whether a sentence is true of two images: each is read with the sentence, four first states decide (NLVR2)."""
+
+    task = "nlvr2"
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.backbone = MultiwayTransformer(config)
+        self.head = TwoLayerHead(4 * config.width, 2)
+
+    def forward(self, images: Tensor, text_ids: Tensor, text_mask: Tensor | None = None) -> Tensor:
+        """Logits (B, 2) of false and true for images (B, 2, 3, H, W), left and right, and sentences (B, T)."""
+        ids = torch.cat([text_ids, text_ids])
+        mask = None if text_mask is None else torch.cat([text_mask, text_mask])
+        out: Output = self.backbone(torch.cat([images[:, 0], images[:, 1]]), ids, mask)
+        assert out.vision is not None
+        assert out.text is not None
+        left, right = torch.cat([out.vision[:, 0], out.text[:, 0]], dim=-1).chunk(2)
+        logits: Tensor = self.head(torch.cat([left, right], dim=-1))
+        return logits
+
+
+def _start_small(layer: nn.Linear) -> None:
+    """Begin near equal probabilities: the official factor of a thousandth."""
+    nn.init.trunc_normal_(layer.weight, std=0.02)
+    nn.init.zeros_(layer.bias)
+    with torch.no_grad():
+        layer.weight.mul_(_SMALL_START)
+
+
+AnyModel = MultiwayTransformer | PretrainingModel | RetrievalModel | ClassificationModel | VQAModel | NLVR2Model
+_TASKS: dict[str, type[TaskModel]] = {
+    "pretraining": PretrainingModel,
+    "retrieval": RetrievalModel,
+    "classification": ClassificationModel,
+    "vqa": VQAModel,
+    "nlvr2": NLVR2Model,
+}
+_HEAD_OPTIONS = ("codebook_size", "num_classes", "num_answers")
 
 
 def build_model(config: ModelConfig, task: str | None = None, **head_options: Any) -> AnyModel:
     """Build a backbone (`task=None`) or a task model with random weights."""
     if task is None:
         return MultiwayTransformer(config)
-    if task == "pretraining":
-        return PretrainingModel(config, **head_options)
-    if task == "retrieval":
-        return RetrievalModel(config, **head_options)
-    raise ConfigError(f"unknown task '{task}'; {nearest(task, _TASKS)}")
+    if task not in _TASKS:
+        raise ConfigError(f"unknown task '{task}'; {nearest(task, _TASKS)}")
+    try:
+        model: Any = _TASKS[task](config, **head_options)
+    except TypeError as error:
+        raise ConfigError(f"a {task} model has no option {', '.join(head_options)}") from error
+    assert isinstance(model, AnyModel)
+    return model
 
 
 def create_model(name: str, task: str | None = None, attention: str = "shared", **config: object) -> AnyModel:
@@ -121,12 +247,13 @@ def create_model(name: str, task: str | None = None, attention: str = "shared", 
 
     Args:
         name: such as `beit3_base_patch16_224`; see `list_models`.
-        task: None for the backbone alone, or "pretraining", "retrieval".
+        task: None for the backbone alone, or "pretraining", "retrieval", "classification", "vqa", "nlvr2".
         attention: "shared" or "decoupled".
-        **config: further fields of `ModelConfig`, `codebook_size` for pretraining.
+        **config: further fields of `ModelConfig`; `codebook_size` for pretraining, `num_classes` for classification,
+            `num_answers` for vqa.
 
     Raises:
         ConfigError: unknown name, task or field; the message holds the nearest valid one.
     """
-    options = {"codebook_size": config.pop("codebook_size")} if "codebook_size" in config else {}
+    options = {option: config.pop(option) for option in _HEAD_OPTIONS if option in config}
     return build_model(model_config(name, attention=attention, **config), task, **options)

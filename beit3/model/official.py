@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from beit3.errors import ConfigError, DataMissingError
+from beit3.model.heads import build_model
 from beit3.model.presets import POSITION_OFFSET, ModelConfig, native_head_width
 
 _BACKBONE = ("text_embed.", "vision_embed.", "encoder.")
@@ -30,7 +31,22 @@ _MODALITIES = {"A": "vision", "B": "text"}
 _HEADS: dict[str, tuple[str, ...]] = {
     "pretraining": ("mlm_head.weight", "mlm_head.bias", "mim_head.weight", "mim_head.bias"),
     "retrieval": ("vision_head.weight", "language_head.weight", "logit_scale"),
+    "classification": ("fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"),
+    "vqa": tuple(
+        f"{layer}.{part}"
+        for layer in ("pooler.norm", "pooler.dense", "head.0", "head.1", "head.3")
+        for part in ("weight", "bias")
+    ),
+    "nlvr2": tuple(
+        f"head.{layer}.{part}" for layer in ("norm1", "dense1", "norm2", "dense2") for part in ("weight", "bias")
+    ),
 }
+_OPTIONS = {
+    "pretraining": ("codebook_size", "mim_head.bias"),
+    "classification": ("num_classes", "head.bias"),
+    "vqa": ("num_answers", "head.3.bias"),
+}
+"""Options of task models, and the tensor whose length tells them."""
 
 
 class Converted(NamedTuple):
@@ -40,7 +56,7 @@ class Converted(NamedTuple):
     state: dict[str, Tensor]
     """Loads strictly into `build_model(config, task, **head_options)`."""
     task: str | None
-    """None (a backbone alone), "pretraining" or "retrieval"."""
+    """None (a backbone alone), or one of `_HEADS`."""
     head_options: dict[str, int]
 
 
@@ -208,17 +224,12 @@ def _block_entries(config: ModelConfig, prefix: str, index: int, letter: str) ->
 
 def _head_entries(config: ModelConfig, task: str | None, options: Mapping[str, int]) -> list[_Entry]:
     """Heads have the same names and shapes in both layouts."""
-    width, vocab, codes = config.width, config.vocab_size, options.get("codebook_size", 0)
-    shapes: dict[str, tuple[int, ...]] = {
-        "mlm_head.weight": (vocab, width),
-        "mlm_head.bias": (vocab,),
-        "mim_head.weight": (codes, width),
-        "mim_head.bias": (codes,),
-        "vision_head.weight": (width, width),
-        "language_head.weight": (width, width),
-        "logit_scale": (),
-    }
-    return [_Entry(key, shapes[key], (key,), shapes[key]) for key in _HEADS.get(task or "", ())]
+    if task is None:
+        return []
+    with torch.device("meta"):
+        model = build_model(config, task, **options)
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    return [_Entry(key, shapes[key], (key,), shapes[key]) for key in _HEADS[task]]
 
 
 def _infer_task(heads: Mapping[str, Tensor]) -> tuple[str | None, dict[str, int]]:
@@ -226,10 +237,10 @@ def _infer_task(heads: Mapping[str, Tensor]) -> tuple[str | None, dict[str, int]
         return None, {}
     for task, keys in _HEADS.items():
         if set(keys) == heads.keys():
-            return task, {"codebook_size": heads["mim_head.bias"].numel()} if task == "pretraining" else {}
+            return task, {name: heads[key].numel() for name, key in [_OPTIONS[task]]} if task in _OPTIONS else {}
     raise ConfigError(
         f"unknown keys besides the backbone: {_listed(heads)}; the heads known are those of "
-        f"{' and '.join(_HEADS)}: {_listed(list(itertools.chain(*_HEADS.values())))}"
+        f"{', '.join(_HEADS)}: {_listed(list(itertools.chain(*_HEADS.values())))}"
     )
 
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
+import torch.nn.functional as F
 
 import beit3
-from beit3.model.heads import RetrievalModel
+from beit3.errors import ConfigError
+from beit3.model.heads import RetrievalModel, build_model
 from beit3.model.packing import PackedBatch, pack_texts
 from beit3.model.presets import ModelConfig
 
@@ -39,6 +43,83 @@ def test_packed_and_padded_embeddings_are_equal_and_of_unit_length() -> None:
     torch.testing.assert_close(packed_images, padded_images, atol=1e-5, rtol=0)
     torch.testing.assert_close(packed_texts, padded_texts[order], atol=1e-5, rtol=0)
     torch.testing.assert_close(padded_texts.norm(dim=1), torch.ones(4))
+
+
+def given(count: int = 3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ids = torch.randint(0, 50, (count, 6))
+    mask = torch.arange(6) < torch.tensor([2, 6, 3])[:count, None]
+    return torch.randn(count, 2, 3, 16, 24), ids, mask
+
+
+def linear(state: dict[str, torch.Tensor], name: str, x: torch.Tensor) -> torch.Tensor:
+    return x @ state[f"{name}.weight"].T + state[f"{name}.bias"]
+
+
+def norm(state: dict[str, torch.Tensor], name: str, x: torch.Tensor) -> torch.Tensor:
+    centered = x - x.mean(-1, keepdim=True)
+    scaled = centered / (centered.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    return scaled * state[f"{name}.weight"] + state[f"{name}.bias"]
+
+
+def random_heads(task: str, **options: int) -> Any:
+    """A task model whose heads are random in every tensor, norms and biases too."""
+    model = build_model(tiny().backbone.config, task, **options).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not name.startswith("backbone."):
+                parameter.normal_(std=0.5)
+    return model
+
+
+@torch.no_grad()
+def test_classes_come_from_the_mean_patch_against_the_plain_formula() -> None:
+    model = random_heads("classification", num_classes=7)
+    images, _, _ = given()
+    state, vision = model.state_dict(), model.backbone(images[:, 0]).vision
+    expected = linear(state, "head", norm(state, "fc_norm", vision[:, 1:].mean(1)))
+    torch.testing.assert_close(model(images[:, 0]), expected, atol=1e-5, rtol=1e-5)
+    assert expected.shape == (3, 7)
+
+
+@torch.no_grad()
+def test_answers_come_from_the_images_class_token_against_the_plain_formula() -> None:
+    model = random_heads("vqa", num_answers=9)
+    images, ids, mask = given()
+    state, vision = model.state_dict(), model.backbone(images[:, 0], ids, mask).vision
+    pooled = linear(state, "pooler.dense", norm(state, "pooler.norm", vision[:, 0])).tanh()
+    hidden = F.gelu(norm(state, "head.1", linear(state, "head.0", pooled)))
+    torch.testing.assert_close(model(images[:, 0], ids, mask), linear(state, "head.3", hidden), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_two_images_are_judged_against_the_plain_formula() -> None:
+    model = random_heads("nlvr2")
+    images, ids, mask = given()
+    state, firsts = model.state_dict(), []
+    for side in (0, 1):
+        out = model.backbone(images[:, side], ids, mask)
+        firsts += [out.vision[:, 0], out.text[:, 0]]
+    hidden = linear(state, "head.dense1", norm(state, "head.norm1", torch.cat(firsts, dim=1)))
+    expected = linear(state, "head.dense2", F.gelu(norm(state, "head.norm2", hidden)))
+    torch.testing.assert_close(model(images, ids, mask), expected, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(model(images.flip(1), ids, mask), expected, atol=1e-3), "left is not right"
+
+
+@pytest.mark.parametrize(
+    ("task", "options"), [("classification", {"num_classes": 7}), ("vqa", {"num_answers": 9}), ("nlvr2", {})]
+)
+def test_task_models_are_saved_and_loaded(task: str, options: dict[str, int], tmp_path: Path) -> None:
+    model = random_heads(task, **options)
+    model.save_pretrained(tmp_path / "model")
+    loaded = beit3.load_model(tmp_path / "model")
+    assert (loaded.task, type(loaded)) == (task, type(model))
+    for name, value in loaded.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]), name
+
+
+def test_an_option_of_another_task_is_refused() -> None:
+    with pytest.raises(ConfigError, match="a vqa model has no option num_classes"):
+        beit3.create_model("beit3_tiny_patch16_224", task="vqa", num_classes=3)
 
 
 def test_a_saved_model_embeds_as_before(tmp_path: Path) -> None:

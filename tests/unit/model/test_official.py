@@ -34,9 +34,12 @@ def official(decoupled: ModelConfig, make: Make) -> State:
     return to_official(decoupled, make(decoupled).state_dict())
 
 
-@pytest.mark.parametrize("task", [None, "pretraining", "retrieval"])
+OPTIONS = {"pretraining": {"codebook_size": 24}, "classification": {"num_classes": 7}, "vqa": {"num_answers": 9}}
+
+
+@pytest.mark.parametrize("task", [None, "pretraining", "retrieval", "classification", "vqa", "nlvr2"])
 def test_ours_to_official_and_back_is_bit_equal(decoupled: ModelConfig, task: str | None) -> None:
-    options = {"codebook_size": 24} if task == "pretraining" else {}
+    options = OPTIONS.get(task or "", {})
     state = build_model(decoupled, task, **options).state_dict()
     back = to_ours(to_official(decoupled, state))
     assert (back.config, back.task, back.head_options) == (decoupled, task, options)
