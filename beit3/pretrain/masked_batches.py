@@ -23,7 +23,7 @@ from beit3.data.images import decode_image
 from beit3.data.shards import Sample, load_prepared
 from beit3.data.streams import StreamLoader
 from beit3.data.texts import clean_text
-from beit3.data.transforms import Views
+from beit3.data.transforms import CropConfig, RandomCrop, Views
 from beit3.data.visual_codes import CodeTable, draw_crop
 from beit3.errors import BadSampleError
 from beit3.model.packing import PackedBatch, concat
@@ -134,7 +134,7 @@ class MaskedEncoder:
         views = draw_crop(self._view, image, int(crop["seed"]))
         if views.box != tuple(crop["box"].tolist()):
             raise BadSampleError("stale_crop", f"{sample.key}: its seed gives {views.box}, recorded {crop['box']}")
-        return views._replace(tokenizer_image=None), torch.from_numpy(crop["codes"].astype(np.int64))
+        return views, torch.from_numpy(crop["codes"].astype(np.int64))
 
     def collate(self, samples: list[_Encoded]) -> MaskedBatch:
         """Pack samples, shortest text first."""
@@ -169,6 +169,11 @@ class MaskedEncoder:
             pair_words=len(words) if self._kind == "pairs" else 0,
             hidden_words=sum(len(text.places) for text in texts),
         )
+
+
+def training_crop(crop: CropConfig, codes: Mapping[str, CodeTable]) -> RandomCrop:
+    """How a stream draws crops; where codes are recorded, nobody looks at the tokenizer's size."""
+    return RandomCrop(dataclasses.replace(crop, tokenizer_size=None) if codes else crop)
 
 
 class Joined:

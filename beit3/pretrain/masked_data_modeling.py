@@ -22,7 +22,7 @@ from torch import Tensor
 
 from beit3.config import Run, TaskConfig, config, require
 from beit3.data.streams import Stream, StreamLoader
-from beit3.data.transforms import CropConfig, EvalResize, RandomCrop, Views, normalize
+from beit3.data.transforms import CropConfig, EvalResize, Views, normalize
 from beit3.data.visual_codes import CodeTable, open_codes
 from beit3.model.flops import forward_flops
 from beit3.model.heads import PretrainingModel
@@ -37,6 +37,7 @@ from beit3.pretrain.masked_batches import (
     MaskedEncoder,
     fixed_batches,
     hidden_codes,
+    training_crop,
 )
 from beit3.pretrain.masking import MaskConfig
 from beit3.tokenizer.official import load_visual_tokenizer
@@ -129,7 +130,7 @@ class MaskedDataModeling(Task[MaskedBatch]):
         for kind, stream in streams.items():
             own = pair_crop if kind == "pairs" else crop
             codes = open_codes(stream, run.data, self.config.visual_tokenizer, own)
-            encoders[kind] = self.encoder(kind, RandomCrop(own), codes)
+            encoders[kind] = self.encoder(kind, training_crop(own, codes), codes)
         loader: StreamLoader[MaskedBatch] = StreamLoader(
             {str(kind): stream for kind, stream in streams.items()},
             encoders,

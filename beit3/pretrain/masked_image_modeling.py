@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from beit3.config import Run, TaskConfig, config, require
 from beit3.data.streams import Stream, StreamLoader
-from beit3.data.transforms import CropConfig, EvalResize, RandomCrop, Views, normalize
+from beit3.data.transforms import CropConfig, EvalResize, Views, normalize
 from beit3.data.visual_codes import CodeTable, open_codes
 from beit3.model.attention import plan_attention
 from beit3.model.embeddings import cut_patches
@@ -33,7 +33,7 @@ from beit3.model.multiway import MultiwayBlock
 from beit3.model.presets import ModelConfig
 from beit3.model.transformer import MultiwayTransformer, PackedOutput, init_sub_ln
 from beit3.pretrain.export import preprocessing
-from beit3.pretrain.masked_batches import MaskedBatch, MaskedEncoder, fixed_batches, hidden_codes
+from beit3.pretrain.masked_batches import MaskedBatch, MaskedEncoder, fixed_batches, hidden_codes, training_crop
 from beit3.pretrain.masking import MaskConfig
 from beit3.tokenizer.official import load_visual_tokenizer
 from beit3.tokenizer.vqkd import VQKD
@@ -156,7 +156,7 @@ class MaskedImageModeling(Task[MaskedBatch]):
             codes = open_codes(config.images, run.data, config.visual_tokenizer, config.crop)
         loader: StreamLoader[MaskedBatch] = StreamLoader(
             {"images": config.images},
-            {"images": self._encoder(RandomCrop(config.crop), codes)},
+            {"images": self._encoder(training_crop(config.crop, codes), codes)},
             data=run.data,
             seed=run.seed,
             rank=rank,

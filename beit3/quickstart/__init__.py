@@ -1,7 +1,7 @@
 """The whole road in one command: tokenizers, masked data modeling, contrastive tuning, evaluation, a page to look at.
 
-    beit3 quickstart            about nine minutes on two CPU cores
-    beit3 quickstart --full     the longer run; a GPU makes it minutes
+    beit3 quickstart            three to ten minutes on two CPU cores, with bf16 instructions or without
+    beit3 quickstart --full     the longer run, about an hour; a GPU makes it minutes
 
 Every stage is a recipe of this repository; what is finished is kept, so that `--resume` goes on after an interruption.
 """
