@@ -79,8 +79,8 @@ def test_the_real_teacher_trains_the_visual_tokenizer_from_its_cache(place: Path
     command = ["train", "recipe:tokenizers/vqkd_emoji:debug", *CPU, "--task.cached-crops", "1"]
     assert run_command([*command, "--task.eval-images", "test_vendor"]) == 0
     folder = place / "runs" / "vqkd_emoji_debug"
-    assert len(list(folder.glob("cache/*/features.npy"))) == 1
+    assert len(list(folder.glob("cache/*/features.bin"))) == 1
     metrics = read_log(folder, "eval")[-1]
     assert 0 < metrics["codebook_use"] <= 1
     assert run_command([*command, "--task.eval-images", "test_vendor", "--resume"]) == 0
-    assert len(list(folder.glob("cache/*/features.npy"))) == 1
+    assert len(list(folder.glob("cache/*/features.bin"))) == 1
