@@ -5,6 +5,7 @@ Shapes: B sequences, N patches, T text length, D width, V vocabulary, K codebook
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
@@ -231,10 +232,10 @@ def build_model(config: ModelConfig, task: str | None = None, **head_options: An
         return MultiwayTransformer(config)
     if task not in _TASKS:
         raise ConfigError(f"unknown task '{task}'; {nearest(task, _TASKS)}")
-    try:
-        model: Any = _TASKS[task](config, **head_options)
-    except TypeError as error:
-        raise ConfigError(f"a {task} model has no option {', '.join(head_options)}") from error
+    unknown = head_options.keys() - inspect.signature(_TASKS[task]).parameters.keys()
+    if unknown:
+        raise ConfigError(f"a {task} model has no option {', '.join(sorted(unknown))}")
+    model: Any = _TASKS[task](config, **head_options)
     assert isinstance(model, AnyModel)
     return model
 
