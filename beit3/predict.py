@@ -21,9 +21,10 @@ from beit3.data.texts import clean_text
 from beit3.data.transforms import EvalResize, normalize
 from beit3.errors import BadSampleError, ConfigError, DataMissingError
 from beit3.model.heads import AnyModel, PretrainingModel, RetrievalModel
+from beit3.model.presets import BOS, EOS
 from beit3.model.store import load_model
 from beit3.model.transformer import MultiwayTransformer
-from beit3.tokenizer.text import BOS, EOS, TextTokenizer
+from beit3.tokenizer.text import TextTokenizer
 from beit3.train.distributed import choose_device
 
 ImageInput = Image.Image | str | Path

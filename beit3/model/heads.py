@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from beit3.config import nearest
+from beit3.config import nearest, require
 from beit3.errors import ConfigError
+from beit3.model.beam_search import Captions, beam_search
 from beit3.model.exchange import PretrainedModel
 from beit3.model.packing import PackedBatch
-from beit3.model.presets import ModelConfig, model_config
+from beit3.model.presets import BOS, EOS, OFFICIAL_MASK, PAD, UNK, ModelConfig, model_config
 from beit3.model.transformer import MultiwayTransformer, Output, PackedOutput
 
 CODEBOOK_SIZE = 8192
@@ -207,6 +208,87 @@ class NLVR2Model(TaskModel):
         return logits
 
 
+class CaptioningModel(TaskModel):
+    """Images to sentences: masked words are named under the sequence-to-sequence mask (BEiT-3 on COCO)."""
+
+    task = "captioning"
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.backbone = MultiwayTransformer(config)
+        self.mlm_head = nn.Linear(config.width, config.vocab_size)
+        nn.init.trunc_normal_(self.mlm_head.weight, std=0.02)
+        nn.init.zeros_(self.mlm_head.bias)
+
+    def forward(self, images: Tensor, text_ids: Tensor, text_mask: Tensor | None = None) -> Tensor:
+        """Logits (B, T, V) of the words at each place, for images (B, 3, H, W) and texts (B, T) with `<mask>`.
+
+        A place is told the image and the text up to itself: only those of `<mask>` name a word they have not seen.
+        """
+        out: Output = self.backbone(images, text_ids, text_mask, causal_text=True)
+        assert out.text is not None
+        logits: Tensor = self.mlm_head(out.text)
+        return logits
+
+    @torch.no_grad()
+    def generate(
+        self,
+        images: Tensor,
+        *,
+        num_beams: int = 3,
+        max_length: int = 32,
+        length_penalty: float = 0.6,
+        mask_id: int = OFFICIAL_MASK,
+        official: bool = False,
+    ) -> Captions:
+        """Write a caption for each image by beam search; images are encoded once.
+
+        Args:
+            images: (B, 3, H, W) float, normalised.
+            num_beams: beams of each image.
+            max_length: places of a text, as released: at most `max_length - 3` words.
+            length_penalty: power of the length that scores are divided by.
+            mask_id: of the text tokenizer; ids from here on are no words.
+            official: True searches exactly as the released code does, which may write `<unk>`, `<mask>`, `<pad>`
+                and unused ids; False forbids them.
+
+        Returns:
+            (B, max_length - 3) ids without `<s>` and `</s>`, filled up with `<pad>`, and (B,) scores.
+
+        Raises:
+            ConfigError: a setting is out of range.
+        """
+        config = self.backbone.config
+        require(num_beams >= 1, f"num_beams must be at least 1, not {num_beams}")
+        require(
+            4 <= max_length <= config.max_text_length,
+            f"max_length must lie in 4..{config.max_text_length}, not {max_length}",
+        )
+        require(EOS < mask_id < config.vocab_size, f"mask_id must be one of {config.vocab_size} ids, not {mask_id}")
+        caches = self.backbone.start_decoding(images)
+
+        def next_word(words: Tensor, parents: Tensor | None) -> Tensor:
+            if parents is not None:
+                for cache in caches:
+                    cache.select(parents)
+            ids = torch.stack([words.flatten(), torch.full_like(words.flatten(), mask_id)], dim=1)
+            logits = self.mlm_head(self.backbone.decode(ids, caches)[:, 1])
+            log_probs: Tensor = logits.float().log_softmax(-1)
+            if not official:
+                log_probs[:, [BOS, PAD, UNK]] = -torch.inf
+                log_probs[:, mask_id:] = -torch.inf
+            return log_probs.view(*words.shape, -1)
+
+        return beam_search(
+            next_word,
+            images.shape[0],
+            images.device,
+            num_beams=num_beams,
+            max_length=max_length,
+            length_penalty=length_penalty,
+        )
+
+
 def _start_small(layer: nn.Linear) -> None:
     """Begin near equal probabilities: the official factor of a thousandth."""
     nn.init.trunc_normal_(layer.weight, std=0.02)
@@ -215,9 +297,18 @@ def _start_small(layer: nn.Linear) -> None:
         layer.weight.mul_(_SMALL_START)
 
 
-AnyModel = MultiwayTransformer | PretrainingModel | RetrievalModel | ClassificationModel | VQAModel | NLVR2Model
+AnyModel = (
+    MultiwayTransformer
+    | PretrainingModel
+    | RetrievalModel
+    | ClassificationModel
+    | VQAModel
+    | NLVR2Model
+    | CaptioningModel
+)
 _TASKS: dict[str, type[TaskModel]] = {
     "pretraining": PretrainingModel,
+    "captioning": CaptioningModel,
     "retrieval": RetrievalModel,
     "classification": ClassificationModel,
     "vqa": VQAModel,
@@ -248,7 +339,8 @@ def create_model(name: str, task: str | None = None, attention: str = "shared", 
 
     Args:
         name: such as `beit3_base_patch16_224`; see `list_models`.
-        task: None for the backbone alone, or "pretraining", "retrieval", "classification", "vqa", "nlvr2".
+        task: None for the backbone alone, or "pretraining", "retrieval", "classification", "vqa", "nlvr2",
+            "captioning".
         attention: "shared" or "decoupled".
         **config: further fields of `ModelConfig`; `codebook_size` for pretraining, `num_classes` for classification,
             `num_answers` for vqa.

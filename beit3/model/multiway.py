@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beit3.model.attention import Plan, multiway_attention
+from beit3.model.cache import LayerCache, cached_attention
 from beit3.model.presets import ModelConfig
 
 
@@ -77,7 +78,12 @@ class MultiwayBlock(nn.Module):
         self.drop_path = config.drop_path * index / max(1, config.num_layers - 1)
 
     def forward(
-        self, vision: Tensor, text: Tensor, plan: Plan, sequence_ids: tuple[Tensor, Tensor] | None
+        self,
+        vision: Tensor,
+        text: Tensor,
+        plan: Plan,
+        sequence_ids: tuple[Tensor, Tensor] | None = None,
+        cache: LayerCache | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Run the layer.
 
@@ -86,19 +92,23 @@ class MultiwayBlock(nn.Module):
             text: (Nt, D), possibly no rows.
             plan: how the sequences attend.
             sequence_ids: sequence of each row of both streams, for drop path; None drops nothing.
+            cache: what this layer remembers in decoding; read and extended.
 
         Returns:
             (Nv, D) and (Nt, D).
         """
-        branch = self._attend(vision, text, plan)
+        branch = self._attend(vision, text, plan, cache)
         vision, text = self._add(vision, text, branch, plan, sequence_ids)
         branch = self._feed_forward(vision, text, plan)
         return self._add(vision, text, branch, plan, sequence_ids)
 
-    def _attend(self, vision: Tensor, text: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+    def _attend(self, vision: Tensor, text: Tensor, plan: Plan, cache: LayerCache | None) -> tuple[Tensor, Tensor]:
         vision_qkv = self._expert(self.attention_in, "vision", vision, 3)
         text_qkv = self._expert(self.attention_in, "text", text, 3)
-        vision_mixed, text_mixed = multiway_attention(vision_qkv, text_qkv, plan, self.num_heads)
+        if cache is None:
+            vision_mixed, text_mixed = multiway_attention(vision_qkv, text_qkv, plan, self.num_heads)
+        else:
+            vision_mixed, text_mixed = cached_attention(vision_qkv, text_qkv, plan.layout, self.num_heads, cache)
         return (
             self._expert(self.attention_out, "vision", vision_mixed),
             self._expert(self.attention_out, "text", text_mixed),

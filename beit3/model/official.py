@@ -30,6 +30,7 @@ _BACKBONE = ("text_embed.", "vision_embed.", "encoder.")
 _MODALITIES = {"A": "vision", "B": "text"}
 _HEADS: dict[str, tuple[str, ...]] = {
     "pretraining": ("mlm_head.weight", "mlm_head.bias", "mim_head.weight", "mim_head.bias"),
+    "captioning": ("mlm_head.weight", "mlm_head.bias"),
     "retrieval": ("vision_head.weight", "language_head.weight", "logit_scale"),
     "classification": ("fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"),
     "vqa": tuple(

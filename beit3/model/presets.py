@@ -15,6 +15,10 @@ from beit3.errors import ConfigError
 
 VOCAB_SIZE = 64010
 """Rows of the official word embedding: 64,002 ids of `beit3.spm` and 8 unused."""
+BOS, PAD, EOS, UNK = 0, 1, 2, 3
+"""First ids of the official layout: `<s>`, `<pad>`, `</s>`, `<unk>`."""
+OFFICIAL_MASK = 64001
+"""`<mask>` of `beit3.spm`."""
 POSITION_OFFSET = 2
 """First used row of both position tables; rows 0 and 1 exist in official files and are never read."""
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from beit3.model.attention import Backend, plan_attention
+from beit3.model.attention import Backend, Plan, plan_attention
+from beit3.model.cache import LayerCache
 from beit3.model.embeddings import TextEmbedding, VisionEmbedding
 from beit3.model.exchange import PretrainedModel
 from beit3.model.multiway import AttentionInput, AttentionOutput, FeedForward, MultiwayBlock
@@ -83,6 +84,7 @@ class MultiwayTransformer(PretrainedModel):
         text_ids: Tensor | None = None,
         text_mask: Tensor | None = None,
         image_mask: Tensor | None = None,
+        causal_text: bool = False,
     ) -> Output:
         """Encode images, texts, or pairs of both.
 
@@ -91,6 +93,8 @@ class MultiwayTransformer(PretrainedModel):
             text_ids: (B, T) int.
             text_mask: (B, T) bool, True = real token; None: all tokens are real.
             image_mask: (B, N) bool, True = masked patch.
+            causal_text: each text token sees its image and the text up to itself, images see themselves alone
+                (the sequence-to-sequence mask of captioning).
 
         Returns:
             States of both modalities; text states are zero where `text_mask` is False.
@@ -112,7 +116,7 @@ class MultiwayTransformer(PretrainedModel):
             text_lengths=lengths,
             num_pairs=0 if images is None else images.shape[0],
         )
-        packed = self.forward_packed(batch)
+        packed = self.forward_packed(batch, causal_text=causal_text)
         rows = order.repeat_interleave(torch.tensor(lengths, device=order.device))
         text = packed.text.new_zeros(*text_ids.shape, packed.text.shape[-1])
         text = text.index_put((rows, positions), packed.text)
@@ -122,7 +126,11 @@ class MultiwayTransformer(PretrainedModel):
         return Output(packed.image_rows()[back], text)
 
     def forward_packed(
-        self, batch: PackedBatch, backend: Backend | None = None, layers: Collection[int] = ()
+        self,
+        batch: PackedBatch,
+        backend: Backend | None = None,
+        layers: Collection[int] = (),
+        causal_text: bool = False,
     ) -> PackedOutput:
         """Encode any mixture of images, texts and pairs.
 
@@ -130,12 +138,13 @@ class MultiwayTransformer(PretrainedModel):
             batch: the sequences, without padding.
             backend: attention backend; None takes the one measured fastest.
             layers: layers (from 1) whose states are returned as well.
+            causal_text: as in `forward`.
 
         Returns:
             (Nv, D) and (Nt, D) states in the order of the batch.
         """
         vision, text, layout = self.embed(batch)
-        plan = plan_attention(layout, vision, backend)
+        plan = plan_attention(layout, vision, backend, causal_text)
         drops = self.training and self.config.drop_path > 0
         sequence_ids = layout.sequence_ids(vision.device) if drops else None
         inner: dict[int, tuple[Tensor, Tensor]] = {}
@@ -146,10 +155,45 @@ class MultiwayTransformer(PretrainedModel):
                 vision, text = block(vision, text, plan, sequence_ids)
             if number in layers:
                 inner[number] = vision, text
+        vision, text = self._finish(vision, text)
+        return PackedOutput(vision, text, layout, inner)
+
+    def start_decoding(self, images: Tensor) -> list[LayerCache]:
+        """Encode images (B, 3, H, W) as the beginning of texts; `decode` goes on from there."""
+        vision, text, layout = self.embed(PackedBatch(images=images))
+        # Pairs whose texts are still empty: fusion experts see the images as they do beside a text.
+        layout = Layout.build(images.shape[0], layout.vision_length, (0,) * images.shape[0], images.shape[0])
+        caches = [LayerCache.empty(vision) for _ in self.blocks]
+        for block, cache in zip(self.layers(), caches, strict=True):
+            vision, text = block(vision, text, Plan(layout, "sdpa", causal_text=True), cache=cache)
+        return caches
+
+    def decode(self, ids: Tensor, caches: list[LayerCache]) -> Tensor:
+        """Encode the next tokens of texts; the last of them stands for the word to predict and is not remembered.
+
+        Args:
+            ids: (n, t) int64; the n / B texts of an image side by side.
+            caches: of `start_decoding`; extended by the first t - 1 tokens.
+
+        Returns:
+            (n, t, D) states, equal to those of `forward` on the whole text with `causal_text`.
+        """
+        count, new = ids.shape
+        start = caches[0].length
+        positions = torch.arange(start, start + new, device=ids.device).expand(count, -1)
+        text = self.text_embedding(ids.flatten(), positions.flatten())
+        vision = text[:0]
+        plan = Plan(Layout(0, 0, (new,) * count, count, ()), "sdpa", causal_text=True)
+        for block, cache in zip(self.layers(), caches, strict=True):
+            vision, text = block(vision, text, plan, cache=cache)
+        return self._finish(vision, text)[1].view(count, new, -1)
+
+    def _finish(self, vision: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Apply the final norms, if the model has them."""
         if self.config.final_norm:
             vision = self.norm["vision"](vision) if vision.shape[0] else vision
             text = self.norm["text"](text) if text.shape[0] else text
-        return PackedOutput(vision, text, layout, inner)
+        return vision, text
 
     def embed(self, batch: PackedBatch) -> tuple[Tensor, Tensor, Layout]:
         """Turn a packed batch into the two streams (Nv, D), (Nt, D) and their layout."""

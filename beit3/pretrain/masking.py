@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from beit3.config import config, require
-from beit3.tokenizer.text import UNK, TextTokenizer
+from beit3.model.presets import UNK
+from beit3.tokenizer.text import TextTokenizer
 
 _TRIES = 10
 _SMALLEST_ASPECT = 0.3

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from beit3.errors import ConfigError, DataMissingError
+from beit3.model.presets import BOS, EOS, PAD, UNK
 
-BOS, PAD, EOS, UNK = 0, 1, 2, 3
 _SHIFT = 1
 _FIRST_PIECE = 3
 MAX_CHARS = 8192

@@ -11,8 +11,9 @@ import numpy.typing as npt
 import pytest
 
 from beit3.errors import ConfigError
+from beit3.model.presets import BOS, EOS, UNK
 from beit3.pretrain.masking import MaskConfig, block_mask, mask_text
-from beit3.tokenizer.text import BOS, EOS, UNK, TextTokenizer
+from beit3.tokenizer.text import TextTokenizer
 
 if TYPE_CHECKING:
     from tests.conftest import Workspace

@@ -13,7 +13,8 @@ import torch
 
 from beit3.data.texts import clean_text
 from beit3.errors import BadSampleError, ConfigError, DataMissingError
-from beit3.tokenizer.text import BOS, EOS, MAX_CHARS, PAD, UNK, TextTokenizer, train_text_tokenizer
+from beit3.model.presets import BOS, EOS, PAD, UNK
+from beit3.tokenizer.text import MAX_CHARS, TextTokenizer, train_text_tokenizer
 
 WORDS = ["red", "green", "blue", "cat", "dog", "bird", "house", "tree", "with", "and", "on", "under", "big", "small"]
 WORDS += ["the", "a", "flying", "sleeping", "happy", "sad"]
