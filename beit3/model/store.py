@@ -1,24 +1,32 @@
-"""Loading models: exchange folders and official files, by one function."""
+"""Loading models: exchange folders, the Hugging Face Hub and released files, by one function.
+
+Nothing is initialised at random that the source holds, and weights of exchange folders stay mapped from disk until
+they are used.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import logging
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
 from beit3.config import differences, to_plain
 from beit3.errors import ConfigError
 from beit3.model import official
 from beit3.model.embeddings import resample_positions
-from beit3.model.exchange import parse_model_config, read_settings, read_tensors
+from beit3.model.exchange import CONFIG_FILE, Part, parse_model_config, read_settings, read_tensors
 from beit3.model.heads import AnyModel, build_model
+from beit3.model.hub import local_path
+from beit3.model.parts import keep_part
 from beit3.model.presets import ModelConfig
 from beit3.model.transformer import MultiwayTransformer
 
-Part = Literal["vision", "text"]
 _POSITIONS = "vision_embedding.positions"
+logger = logging.getLogger(__name__)
 
 
 def load_model(
@@ -28,98 +36,138 @@ def load_model(
     parts: Part | None = None,
     strict: bool = True,
 ) -> AnyModel:
-    """Load a model from an exchange folder or an official file.
+    """Load a model from an exchange folder, the Hugging Face Hub or a released file.
 
     Args:
-        source: folder written by `save_pretrained` or a run, or an official `.pth` (also under a `.zip` name).
+        source: folder written by `save_pretrained` or a run, "hf-hub:organisation/name[@revision]", or a released
+            `.pth` (also under a `.zip` name).
         task: None takes what the source holds; "backbone" drops its heads; another task gets its heads at random,
             which needs `strict=False`.
         image_size: None keeps the source's resolution; another one (height and width, or a side) interpolates
-            the vision position table.
-        parts: "vision" or "text" keeps one tower of a decoupled model and drops the other.
+            the vision position table, and the log says so.
+        parts: "vision" or "text" keeps one tower and drops the other.
         strict: an error names every missing or unexpected tensor; False leaves missing ones random.
 
     Returns:
-        The model in eval mode.
+        The model in eval mode, fp32, on the CPU.
 
     Raises:
         DataMissingError: the source does not exist.
         ConfigError: the source is damaged, of another kind, or does not fit the task.
     """
-    source = Path(source)
-    config, state, found, options = _read(source)
-    wanted = found if task is None else (None if task == "backbone" else task)
-    if wanted != found:
+    stored = _read(local_path(source))
+    wanted = stored.task if task is None else (None if task == "backbone" else task)
+    if wanted != stored.task:
         if wanted is not None and strict:
             raise ConfigError(
-                f"{source} holds {'a backbone' if found is None else f'a {found} model'}, not a {wanted} model: "
-                "pass strict=False to start with random heads"
+                f"{source} holds {'a backbone' if stored.task is None else f'a {stored.task} model'}, not a {wanted} "
+                "model: pass strict=False to start with random heads"
             )
-        state = _with_prefix(_backbone_state(state, found), wanted)
-        options = {}
+        state = _with_prefix(_backbone_state(stored), wanted)
+        stored = replace(stored, task=wanted, state=state, options={})
     if image_size is not None:
-        size = (image_size, image_size) if isinstance(image_size, int) else image_size
-        config, state = _resize(config, state, size)
-    model = build_model(config, wanted, **options)
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    if unexpected or (missing and strict):
-        raise ConfigError(f"{source} does not fit its configuration: missing {missing}, unexpected {unexpected}")
-    if parts is not None:
-        _keep_part(model, parts)
-    return model.eval()
+        stored = _resize(stored, (image_size, image_size) if isinstance(image_size, int) else image_size)
+    return _fill(stored, parts, strict, str(source)).eval()
 
 
-def load_backbone(backbone: MultiwayTransformer, source: Path) -> None:
+def load_backbone(backbone: MultiwayTransformer, source: str | Path) -> None:
     """Fill a backbone from the backbone of any saved model of the same shape (drop path and the like may differ)."""
-    config, state, task, _ = _read(source)
-    if config.image_size != backbone.config.image_size and config.patch_size == backbone.config.patch_size:
-        config, state = _resize(config, state, backbone.config.image_size)
-    own = backbone.config
-    same = replace(config, drop_path=own.drop_path, activation_checkpointing=own.activation_checkpointing)
+    stored, own = _read(local_path(source)), backbone.config
+    if stored.config.image_size != own.image_size and stored.config.patch_size == own.patch_size:
+        stored = _resize(stored, own.image_size)
+    same = replace(stored.config, drop_path=own.drop_path, activation_checkpointing=own.activation_checkpointing)
     if same != own:
         names = differences(to_plain(same), to_plain(own))
         raise ConfigError(f"{source} has another shape than the model of this run: {', '.join(names)} differ")
-    backbone.load_state_dict(_backbone_state(state, task))
+    backbone.load_state_dict(_backbone_state(stored))
 
 
-def _read(source: Path) -> tuple[ModelConfig, dict[str, Tensor], str | None, dict[str, Any]]:
-    """Configuration, tensors, task and head options of a source."""
-    if source.is_dir() and (source / "config.json").is_file():
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Stored:
+    """What a source holds."""
+
+    config: ModelConfig
+    state: dict[str, Tensor]
+    task: str | None
+    options: dict[str, Any] = field(default_factory=dict)
+    """Of the heads."""
+    part: Part | None = None
+
+
+def _read(source: Path) -> _Stored:
+    if (source / CONFIG_FILE).is_file():
         settings = read_settings(source)
-        config = parse_model_config(settings, source)
-        return config, read_tensors(source), settings["task"], settings["heads"]
+        return _Stored(
+            config=parse_model_config(settings, source),
+            state=read_tensors(source),
+            task=settings.get("task"),
+            options=settings.get("heads") or {},
+            part=settings.get("part"),
+        )
     converted = official.to_ours(official.read_official(source))
-    return converted.config, converted.state, converted.task, dict(converted.head_options)
+    return _Stored(
+        config=converted.config, state=converted.state, task=converted.task, options=dict(converted.head_options)
+    )
 
 
-def _backbone_state(state: dict[str, Tensor], task: str | None) -> dict[str, Tensor]:
-    if task is None:
-        return state
+def _fill(stored: _Stored, part: Part | None, strict: bool, source: str) -> AnyModel:
+    """Build the model around the stored tensors: without copies where all are there, from random weights otherwise."""
+    with torch.device("meta"):
+        model = build_model(stored.config, stored.task, **stored.options)
+    if stored.part is not None:
+        keep_part(model, stored.part)
+    expected = model.state_dict()
+    missing, unexpected = sorted(expected.keys() - stored.state.keys()), sorted(stored.state.keys() - expected.keys())
+    wrong = [name for name in expected.keys() & stored.state.keys() if expected[name].shape != stored.state[name].shape]
+    if unexpected or wrong or (missing and strict):
+        raise ConfigError(
+            f"{source} does not fit its configuration: missing {missing}, unexpected {unexpected}, "
+            f"of another shape {sorted(wrong)}"
+        )
+    if missing:
+        model = build_model(stored.config, stored.task, **stored.options)
+    if part is not None:
+        keep_part(model, part)
+    needed = model.state_dict()
+    # No copy of what is fp32 already; and the file is not read for a tower that was dropped.
+    state = {name: value.float() for name, value in stored.state.items() if name in needed}
+    _check_finite(state, source)
+    model.load_state_dict(state, strict=False, assign=not missing)
+    return model
+
+
+def _check_finite(state: dict[str, Tensor], source: str) -> None:
+    """Refuse weights that hold NaN or infinity: every answer would be NaN."""
+    # A sum is finite only if all its terms are, and costs one pass at the speed of memory.
+    suspects = [name for name, value in state.items() if not value.sum().isfinite()]
+    broken = [name for name in suspects if not state[name].isfinite().all()]
+    if broken:
+        more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
+        raise ConfigError(
+            f"{source} holds NaN or infinity in {', '.join(broken[:3])}{more}: take an earlier checkpoint"
+        )
+
+
+def _backbone_state(stored: _Stored) -> dict[str, Tensor]:
+    if stored.task is None:
+        return stored.state
     prefix = "backbone."
-    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    return {name.removeprefix(prefix): value for name, value in stored.state.items() if name.startswith(prefix)}
 
 
 def _with_prefix(state: dict[str, Tensor], task: str | None) -> dict[str, Tensor]:
     return state if task is None else {f"backbone.{name}": value for name, value in state.items()}
 
 
-def _resize(
-    config: ModelConfig, state: dict[str, Tensor], size: tuple[int, int]
-) -> tuple[ModelConfig, dict[str, Tensor]]:
-    resized = replace(config, image_size=size)
-    name = next(name for name in state if name.endswith(_POSITIONS))
-    return resized, {**state, name: resample_positions(state[name], config.grid, resized.grid)}
-
-
-def _keep_part(model: AnyModel, part: Part) -> None:
-    """Drop the other modality's own parameters; using it afterwards fails."""
-    backbone = model if isinstance(model, MultiwayTransformer) else model.backbone
-    other = "text" if part == "vision" else "vision"
-    for block in backbone.layers():
-        for experts in (block.attention_in, block.attention_out, block.ffn):
-            for name in (other, "fusion"):
-                if name in experts:
-                    del experts[name]
-    if other in backbone.norm:
-        del backbone.norm[other]
-    setattr(backbone, f"{other}_embedding", nn.Identity())
+def _resize(stored: _Stored, size: tuple[int, int]) -> _Stored:
+    """Interpolate the vision position table for another image size, and say so."""
+    resized = replace(stored.config, image_size=size)
+    name = next((name for name in stored.state if name.endswith(_POSITIONS)), None)
+    if name is None or resized.grid == stored.config.grid:
+        return replace(stored, config=resized)
+    (old_rows, old_columns), (rows, columns) = stored.config.grid, resized.grid
+    logger.warning(
+        "vision positions interpolated (bicubic) from %d x %d to %d x %d patches", old_rows, old_columns, rows, columns
+    )
+    positions = resample_positions(stored.state[name], stored.config.grid, resized.grid)
+    return replace(stored, config=resized, state={**stored.state, name: positions})

@@ -197,7 +197,7 @@ class MultiwayTransformer(PretrainedModel):
 
     def embed(self, batch: PackedBatch) -> tuple[Tensor, Tensor, Layout]:
         """Turn a packed batch into the two streams (Nv, D), (Nt, D) and their layout."""
-        weight = self.vision_embedding.patch.weight
+        weight = next(self.parameters())
         device = weight.device
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else weight.dtype
         vision = text = torch.empty(0, self.config.width, dtype=dtype, device=device)

@@ -5,8 +5,8 @@ called `beit3`: never install it beside this one):
 
     pip install --no-deps torchscale==0.3.0 fairscale==0.4.13
     pip download --no-deps --dest /tmp/gml beit3-gml==0.1.3
-    unzip /tmp/gml/beit3_gml-0.1.3-py3-none-any.whl 'beit3/*' -d tests/parity/.official
-    mv tests/parity/.official/beit3 tests/parity/.official/released_beit3
+    unzip /tmp/gml/beit3_gml-0.1.3-py3-none-any.whl 'beit3/*' -d .official
+    mv .official/beit3 .official/released_beit3
     python tests/parity/make_official_tensors.py
 
 All models share the backbone of `torchscale.safetensors`; every head is random in all its tensors.
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 HERE = Path(__file__).parent
 FILE = HERE / "official.safetensors"
-RELEASED = HERE / ".official"
+RELEASED = HERE.parents[1] / ".official"
 BACKBONE: dict[str, Any] = runpy.run_path(str(HERE / "make_torchscale_tensors.py"))
 WIDTH, VOCAB = BACKBONE["WIDTH"], BACKBONE["VOCAB"]
 NUM_CLASSES, NUM_ANSWERS, CODES = 7, 9, 24
