@@ -6,11 +6,19 @@ The header is checked before a pixel is decoded, so a picture that unpacks to gi
 from __future__ import annotations
 
 import io
+import urllib.request
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageOps
+from torch import Tensor
 
-from beit3.errors import BadSampleError
+from beit3.errors import BadSampleError, ConfigError, DataMissingError
+
+ImageInput = Image.Image | str | Path | NDArray[Any] | Tensor
+"""PIL picture, path or address, array (H, W), (H, W, 3) or (H, W, 4), tensor (3, H, W) or (1, H, W)."""
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 """Formats that are decoded; the others Pillow knows start external programs or are needless risk."""
@@ -20,6 +28,8 @@ MIN_SIDE = 4
 """Shortest side, in pixels, that still shows something."""
 
 _ORIENTATION = 0x0112
+_MAX_DOWNLOAD = 64 * 2**20
+_TIMEOUT = 20
 
 
 def decode_image(data: bytes) -> Image.Image:
@@ -70,3 +80,63 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         page.paste(rgba, mask=rgba.getchannel("A"))
         return page
     return image.convert("RGB")
+
+
+def open_image(image: ImageInput, allow_urls: bool = False) -> Image.Image:
+    """Turn whatever a caller holds into an RGB picture.
+
+    Args:
+        image: PIL picture; path; `http(s)://` address, if allowed; array (H, W), (H, W, 3) or (H, W, 4) or tensor
+            (3, H, W) or (1, H, W), uint8 or float in 0..1.
+        allow_urls: whether addresses are downloaded; off, they are refused, so that no input makes a server call out.
+
+    Raises:
+        DataMissingError: no such file, or the address cannot be reached.
+        ConfigError: it is no picture, or an address that was not allowed.
+    """
+    if isinstance(image, Image.Image):
+        return _to_rgb(image)
+    if isinstance(image, Tensor):
+        return _from_array(image.detach().cpu().movedim(0, -1).numpy() if image.ndim == 3 else image.numpy())
+    if isinstance(image, np.ndarray):
+        return _from_array(image)
+    name = str(image)
+    if "://" in name:
+        data = _download(name, allow_urls)
+    elif not Path(image).is_file():
+        raise DataMissingError(f"picture {image} does not exist")
+    else:
+        data = Path(image).read_bytes()
+    try:
+        return decode_image(data)
+    except BadSampleError as error:
+        raise ConfigError(f"picture {name} cannot be read ({error})") from error
+
+
+def _from_array(values: NDArray[Any]) -> Image.Image:
+    if values.ndim not in (2, 3) or (values.ndim == 3 and values.shape[2] not in (1, 3, 4)) or not values.size:
+        raise ConfigError(
+            f"an array of shape {values.shape} is no picture: give (H, W), (H, W, 3) or (H, W, 4), a tensor (3, H, W)"
+        )
+    if np.issubdtype(values.dtype, np.floating):
+        if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
+            raise ConfigError("pixels as floats must lie in 0..1: scale them, or give uint8")
+        values = (values * 255 + 0.5).astype(np.uint8)
+    if values.dtype != np.uint8:
+        raise ConfigError(f"pixels must be uint8 or floats in 0..1, not {values.dtype}")
+    return _to_rgb(Image.fromarray(values[:, :, 0] if values.ndim == 3 and values.shape[2] == 1 else values))
+
+
+def _download(address: str, allowed: bool) -> bytes:
+    if not address.startswith(("http://", "https://")):
+        raise ConfigError(f"{address} is no address of a picture: http and https are read")
+    if not allowed:
+        raise ConfigError(f"{address} is not downloaded: load the model with allow_urls=True, or give a file")
+    try:
+        with urllib.request.urlopen(address, timeout=_TIMEOUT) as answer:
+            data: bytes = answer.read(_MAX_DOWNLOAD + 1)
+    except (OSError, ValueError) as error:
+        raise DataMissingError(f"{address} cannot be read ({error})") from error
+    if len(data) > _MAX_DOWNLOAD:
+        raise ConfigError(f"{address} is larger than {_MAX_DOWNLOAD // 2**20} MiB: give a smaller picture")
+    return data

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
+from beit3.data.preprocess import Preprocess
 from beit3.model.exchange import PretrainedModel
-from beit3.model.presets import ModelConfig
 from beit3.tokenizer.text import TextTokenizer
 
 
@@ -20,17 +18,5 @@ def export_model(model: PretrainedModel, tokenizer: TextTokenizer, max_text_leng
         max_text_length: most ids of a text in training.
         folder: where.
     """
-    preprocess = {**preprocessing(model.model_config), "max_text_length": max_text_length}
-    files = {"tokenizer.spm": tokenizer.model, "preprocess.json": (json.dumps(preprocess, indent=2) + "\n").encode()}
-    model.save_pretrained(folder, files=files)
-
-
-def preprocessing(config: ModelConfig) -> dict[str, Any]:
-    """How pictures were prepared in pretraining: the content of `preprocess.json`."""
-    return {
-        "image_size": list(config.image_size),
-        "resize": "squash",
-        "interpolation": "bicubic",
-        "mean": [0.5, 0.5, 0.5],
-        "std": [0.5, 0.5, 0.5],
-    }
+    preprocess = Preprocess(image_size=model.model_config.image_size, max_text_length=max_text_length)
+    model.save_pretrained(folder, files={"tokenizer.spm": tokenizer.model, **preprocess.file()})

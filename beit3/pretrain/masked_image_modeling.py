@@ -13,7 +13,6 @@ or the squared error of pixels that were normalised patch by patch (MAE, arXiv 2
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Literal
@@ -23,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beit3.config import Run, TaskConfig, config, require
+from beit3.data.preprocess import Preprocess
 from beit3.data.streams import Stream, StreamLoader
 from beit3.data.transforms import CropConfig, EvalResize, Views, normalize
 from beit3.data.visual_codes import CodeTable, open_codes
@@ -32,7 +32,6 @@ from beit3.model.flops import forward_flops
 from beit3.model.multiway import MultiwayBlock
 from beit3.model.presets import ModelConfig
 from beit3.model.transformer import MultiwayTransformer, PackedOutput, init_sub_ln
-from beit3.pretrain.export import preprocessing
 from beit3.pretrain.masked_batches import MaskedBatch, MaskedEncoder, fixed_batches, hidden_codes, training_crop
 from beit3.pretrain.masking import MaskConfig
 from beit3.tokenizer.official import load_visual_tokenizer
@@ -196,8 +195,8 @@ class MaskedImageModeling(Task[MaskedBatch]):
 
     def save(self, folder: Path) -> None:
         """Write the backbone with its preprocessing; head and aggregation end with pretraining."""
-        record = json.dumps(preprocessing(self.config.model), indent=2) + "\n"
-        self.model.backbone.save_pretrained(folder, files={"preprocess.json": record.encode()})
+        preprocess = Preprocess(image_size=self.config.model.image_size)
+        self.model.backbone.save_pretrained(folder, files=preprocess.file())
 
     def eval_loader(self, run: Run) -> Iterable[MaskedBatch] | None:
         """Held-out pictures under fixed masks."""

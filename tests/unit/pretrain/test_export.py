@@ -101,7 +101,7 @@ def test_many_inputs_go_through_in_pieces(
 ) -> None:
     predictor = pretrained[1]
     whole = predictor.embed_texts(TEXTS)
-    monkeypatch.setattr("beit3.predict._BATCH", 2)
+    monkeypatch.setattr("beit3.predict._TEXTS", 2)
     torch.testing.assert_close(predictor.embed_texts(TEXTS), whole, rtol=1e-4, atol=1e-5)
     assert predictor.embed_texts([]).shape == (0, 16)
     assert predictor.embed_images([]).shape == (0, 16)
