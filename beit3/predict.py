@@ -142,8 +142,8 @@ class Predictor:
         """
         if self._tokenizer is None:
             raise ConfigError(
-                "this model has no text tokenizer: it was trained on images alone, or no beit3.spm lies beside it; pass "
-                "tokenizer='beit3.spm' to beit3.load"
+                "this model has no text tokenizer: it was trained on images alone, or no beit3.spm lies beside it; "
+                "pass tokenizer='beit3.spm' to beit3.load"
             )
         return self._tokenizer
 
@@ -176,20 +176,20 @@ class Predictor:
         return self._ranked(logits.softmax(-1), top, "class")
 
     @overload
-    def answer(self, image: ImageInput, question: str, top: int = 5) -> Ranking: ...
+    def answer(self, image: ImageInput, question: str, top: int = 5) -> Ranking: ...  # type: ignore[overload-overlap]
 
     @overload
-    def answer(self, image: list[ImageInput], question: list[str], top: int = 5) -> list[Ranking]: ...
+    def answer(self, image: Sequence[ImageInput], question: Sequence[str], top: int = 5) -> list[Ranking]: ...
 
     @torch.inference_mode()
     def answer(
-        self, image: ImageInput | list[ImageInput], question: str | list[str], top: int = 5
+        self, image: ImageInput | Sequence[ImageInput], question: str | Sequence[str], top: int = 5
     ) -> Ranking | list[Ranking]:
         """Answer questions about pictures.
 
         Args:
-            image: a picture, or a list of them.
-            question: a question, or a list with one for each picture.
+            image: a picture, or a list or tuple of them.
+            question: a question, or one for each picture.
             top: answers for each.
 
         Returns:
@@ -200,21 +200,26 @@ class Predictor:
         """
         model = self._needs(VQAModel, "answer")
         found: list[Ranking] = []
-        for batch in self._image_batches(_rows_of([image], question)):
+        for batch in self._image_batches(_rows_of(image, question)):
             pictures, questions = zip(*batch, strict=True)
             ids, mask = self._ids(questions)
             found += self._ranked(model(self._pixels(pictures), ids, mask).float().sigmoid().cpu(), top, "answer")
-        return found if isinstance(image, list) else found[0]
+        return found if _is_many(image) else found[0]
 
     @overload
-    def reason(self, left: ImageInput, right: ImageInput, sentence: str) -> float: ...
+    def reason(self, left: ImageInput, right: ImageInput, sentence: str) -> float: ...  # type: ignore[overload-overlap]
 
     @overload
-    def reason(self, left: list[ImageInput], right: list[ImageInput], sentence: list[str]) -> list[float]: ...
+    def reason(
+        self, left: Sequence[ImageInput], right: Sequence[ImageInput], sentence: Sequence[str]
+    ) -> list[float]: ...
 
     @torch.inference_mode()
     def reason(
-        self, left: ImageInput | list[ImageInput], right: ImageInput | list[ImageInput], sentence: str | list[str]
+        self,
+        left: ImageInput | Sequence[ImageInput],
+        right: ImageInput | Sequence[ImageInput],
+        sentence: str | Sequence[str],
     ) -> float | list[float]:
         """Judge whether sentences are true of two pictures each: probabilities.
 
@@ -223,12 +228,12 @@ class Predictor:
         """
         model = self._needs(NLVR2Model, "reason")
         found: list[float] = []
-        for batch in self._image_batches(_rows_of([left, right], sentence)):
+        for batch in self._image_batches(_rows_of(left, right, sentence)):
             lefts, rights, sentences = zip(*batch, strict=True)
             ids, mask = self._ids(sentences)
             logits = model(torch.stack([self._pixels(lefts), self._pixels(rights)], dim=1), ids, mask)
             found += logits.float().softmax(-1)[:, 1].tolist()
-        return found if isinstance(left, list) else found[0]
+        return found if _is_many(left) else found[0]
 
     @torch.inference_mode()
     def caption(
@@ -385,11 +390,14 @@ def _check_vocabulary(tokenizer: TextTokenizer, model: AnyModel, path: str, *, r
         )
 
 
-def _rows_of(images: list[ImageInput | list[ImageInput]], text: str | list[str]) -> list[tuple[Any, ...]]:
+def _is_many(part: object) -> bool:
+    return isinstance(part, (list, tuple))
+
+
+def _rows_of(*inputs: Any) -> list[tuple[Any, ...]]:
     """Rows of pictures and a text, from single inputs or from lists."""
-    columns = [part if isinstance(part, list) else [part] for part in (*images, text)]
-    lists = {isinstance(part, list) for part in (*images, text)}
-    if len(lists) > 1 or len({len(column) for column in columns}) > 1:
+    columns = [part if _is_many(part) else [part] for part in inputs]
+    if len({_is_many(part) for part in inputs}) > 1 or len({len(column) for column in columns}) > 1:
         numbers = ", ".join(str(len(column)) for column in columns)
         raise ConfigError(f"{numbers} pictures and texts: give one of each, or lists of equal length")
     return list(zip(*columns, strict=True))

@@ -203,7 +203,7 @@ class NLVR2Model(TaskModel):
         out: Output = self.backbone(torch.cat([images[:, 0], images[:, 1]]), ids, mask)
         assert out.vision is not None
         assert out.text is not None
-        left, right = torch.cat([out.vision[:, 0], out.text[:, 0]], dim=-1).chunk(2)
+        left, right = torch.cat([out.vision[:, 0], out.text[:, 0]], dim=-1).unflatten(0, (2, -1)).unbind(0)
         logits: Tensor = self.head(torch.cat([left, right], dim=-1))
         return logits
 

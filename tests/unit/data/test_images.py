@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+import http.server
 import io
 import struct
+import threading
 import zlib
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from beit3.data.images import decode_image
-from beit3.errors import BadSampleError
+from beit3.data.images import decode_image, open_image
+from beit3.errors import BadSampleError, ConfigError, DataMissingError
 
 SIZE = (16, 12)
 
@@ -128,3 +134,83 @@ def test_what_cannot_be_shown_is_refused_with_its_reason(data: bytes, reason: st
     with pytest.raises(BadSampleError) as caught:
         decode_image(data)
     assert caught.value.reason == reason
+
+
+def gradient() -> Image.Image:
+    values = np.arange(12 * 10 * 3, dtype=np.int64).reshape(12, 10, 3) % 256
+    return Image.fromarray(values.astype(np.uint8))
+
+
+def test_all_forms_of_a_picture_are_the_same_picture(tmp_path: Path) -> None:
+    image = gradient()
+    values = np.asarray(image)
+    image.save(tmp_path / "picture.png")
+    tensor = torch.from_numpy(values.copy()).permute(2, 0, 1)
+    for form in (
+        image,
+        tmp_path / "picture.png",
+        str(tmp_path / "picture.png"),
+        values,
+        values / 255,
+        (values / 255).astype(np.float32),
+        tensor,
+        tensor / 255,
+        np.dstack([values, np.full((12, 10), 255, np.uint8)]),
+    ):
+        assert np.array_equal(np.asarray(open_image(form)), values), type(form)
+
+
+def test_grey_arrays_and_tensors_become_rgb() -> None:
+    grey = np.asarray(gradient().convert("L"))
+    for form in (grey, grey[..., None], torch.from_numpy(grey.copy())[None], torch.from_numpy(grey.copy())):
+        assert np.array_equal(np.asarray(open_image(form)), np.dstack([grey] * 3))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (np.zeros((3, 4, 5), np.uint8), r"shape \(3, 4, 5\) is no picture"),
+        (np.zeros((0, 4, 3), np.uint8), "is no picture"),
+        (np.zeros((2, 3, 4, 3), np.uint8), "is no picture"),
+        (np.full((4, 4, 3), 200.0), r"floats must lie in 0\.\.1"),
+        (np.full((4, 4, 3), -0.5), r"floats must lie in 0\.\.1"),
+        (np.full((4, 4, 3), np.nan), r"floats must lie in 0\.\.1"),
+        (np.zeros((4, 4, 3), np.int32), "must be uint8 or floats"),
+        (torch.zeros(5, 4, 6), r"shape \(4, 6, 5\) is no picture"),
+    ],
+)
+def test_arrays_that_are_no_pictures_are_refused(values: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        open_image(values)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[str]:
+    """A web server on this machine with one picture and one page."""
+    gradient().save(tmp_path / "picture.png")
+    (tmp_path / "page.html").write_text("<html>")
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+
+
+def test_addresses_are_read_only_if_asked(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = open_image(f"{server}/picture.png", allow_urls=True)
+    assert np.array_equal(np.asarray(found), np.asarray(gradient()))
+    with pytest.raises(ConfigError, match="is not downloaded: load the model with allow_urls=True"):
+        open_image(f"{server}/picture.png")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        open_image(f"{server}/page.html", allow_urls=True)
+    with pytest.raises(DataMissingError, match="404"):
+        open_image(f"{server}/none.png", allow_urls=True)
+    monkeypatch.setattr("beit3.data.images._MAX_DOWNLOAD", 50)
+    with pytest.raises(ConfigError, match="is larger than"):
+        open_image(f"{server}/picture.png", allow_urls=True)
+
+
+@pytest.mark.parametrize("address", ["file:///etc/passwd", "ftp://host/a.png", "data://x"])
+def test_other_addresses_are_never_read(address: str) -> None:
+    with pytest.raises(ConfigError, match="http and https are read"):
+        open_image(address, allow_urls=True)

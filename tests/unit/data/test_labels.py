@@ -1,0 +1,57 @@
+"""Names of outputs: our list, the released answers, ImageNet."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from beit3.data.labels import imagenet_labels, labels_file, read_labels
+from beit3.errors import ConfigError, DataMissingError
+
+
+def test_our_own_list_comes_back(tmp_path: Path) -> None:
+    names = ["yes", "no", "crème brûlée"]
+    for name, content in labels_file(names).items():
+        (tmp_path / name).write_bytes(content)
+    assert read_labels(tmp_path / "labels.json") == names
+
+
+def test_the_released_answer_list_is_read_in_the_order_of_its_numbers(tmp_path: Path) -> None:
+    rows = [{"answer": "no", "label": 1}, {"answer": "2", "label": 2}, {"answer": "yes", "label": 0}]
+    (tmp_path / "answer2label.txt").write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+    assert read_labels(tmp_path / "answer2label.txt") == ["yes", "no", "2"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[1, 2]",
+        "yes\nno",
+        '{"answer": "yes", "label": 1}',
+        '{"label": 0}',
+        '{"answer": "a", "label": 0}\n' * 2,
+        "[}",
+    ],
+)
+def test_anything_else_is_refused(content: str, tmp_path: Path) -> None:
+    (tmp_path / "labels.json").write_text(content)
+    with pytest.raises(ConfigError, match="is no list of labels"):
+        read_labels(tmp_path / "labels.json")
+    with pytest.raises(DataMissingError, match="do not exist"):
+        read_labels(tmp_path / "other.json")
+
+
+def test_imagenet_has_its_thousand_classes_in_the_order_of_their_folders() -> None:
+    names = imagenet_labels()
+    assert len(names) == 1000
+    for index, word in (
+        (0, "tench"),
+        (1, "goldfish"),
+        (207, "golden retriever"),
+        (281, "tabby"),
+        (999, "toilet tissue"),
+    ):
+        assert word in names[index], (index, names[index])
