@@ -10,20 +10,36 @@ import torch
 from beit3.config import require
 from beit3.errors import ConfigError
 from beit3.model import official as official_model
-from beit3.model.exchange import read_settings
+from beit3.model.exchange import CONFIG_FILE, Part, read_settings
+from beit3.model.hub import local_path
 from beit3.model.presets import ModelConfig
 from beit3.model.store import load_model
+from beit3.predict import load
 from beit3.tokenizer import official as official_tokenizer
 from beit3.tokenizer.official import is_visual_tokenizer, load_visual_tokenizer
 from beit3.tokenizer.vqkd import VQKD, VQKDConfig
 
 
-def convert(source: Path, out: Path) -> str:
+def convert(
+    source: str | Path,
+    out: Path,
+    *,
+    image_size: int | None = None,
+    parts: Part | None = None,
+    tokenizer: Path | None = None,
+    labels: Path | None = None,
+    licence: str | None = None,
+) -> str:
     """Turn a released file into an exchange folder, or an exchange folder into a file of the released layout.
 
     Args:
-        source: `.pth` file (or its `.zip` name), or an exchange folder.
-        out: a new folder, or a new file; nothing is overwritten.
+        source: `.pth` file (or its `.zip` name), an exchange folder, or "hf-hub:organisation/name".
+        out: a new folder, or a new file that ends in `.pth`; nothing is overwritten.
+        image_size: side in pixels to interpolate the vision positions to.
+        parts: "vision" or "text" keeps one tower.
+        tokenizer: `.spm` file of a released model; left out, `beit3.spm` beside it.
+        labels: names of its classes or answers: `labels.json` or the released `answer2label.txt`.
+        licence: of the weights, for the model card.
 
     Returns:
         One line about what was written.
@@ -34,15 +50,25 @@ def convert(source: Path, out: Path) -> str:
     """
     if out.exists():
         raise ConfigError(f"{out} exists: choose another place")
-    if source.is_dir():
-        return _to_file(source, out)
-    if is_visual_tokenizer(official_model.read_official(source)):
-        tokenizer = load_visual_tokenizer(source)
-        tokenizer.save(out)
-        return f"{out}: visual tokenizer with {tokenizer.config.codebook_size:,} codes"
-    model = load_model(source)
-    model.save_pretrained(out)
+    place = local_path(source)
+    if (place / CONFIG_FILE).is_file() and out.suffix == ".pth":
+        changes = (image_size, parts, tokenizer, labels, licence)
+        require(changes == (None,) * 5, "the released layout holds tensors alone: leave the options out")
+        return _to_file(place, out)
+    if _is_visual_tokenizer(place):
+        visual = load_visual_tokenizer(place)
+        visual.save(out)
+        return f"{out}: visual tokenizer with {visual.config.codebook_size:,} codes"
+    whole = load(place, "cpu", image_size=image_size, parts=parts, tokenizer=tokenizer, labels=labels)
+    whole.save_pretrained(out, licence=licence)
+    model = whole.model
     return f"{out}: {model.task or 'backbone'}, {model.model_config.num_layers} layers of {model.model_config.width}"
+
+
+def _is_visual_tokenizer(place: Path) -> bool:
+    if (place / CONFIG_FILE).is_file():
+        return read_settings(place).get("kind") == "vqkd"
+    return is_visual_tokenizer(official_model.read_official(place))
 
 
 def _to_file(source: Path, out: Path) -> str:
@@ -52,6 +78,9 @@ def _to_file(source: Path, out: Path) -> str:
         _check_inferable(tokenizer.config, official_tokenizer.to_ours(state)[0], source)
     else:
         model = load_model(source)
+        require(
+            model.part is None, f"{source} holds a {model.part} tower alone, which the released layout has no form for"
+        )
         state = official_model.to_official(model.model_config, model.state_dict())
         _check_inferable(model.model_config, official_model.to_ours(state).config, source)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from torch import nn
 from tyro.conf import Positional
 
 from beit3.config import require
@@ -14,10 +13,10 @@ from beit3.data.shards import REPORT_FILE
 from beit3.data.visual_codes import SETTINGS_FILE, CodeTable
 from beit3.errors import ConfigError, DataMissingError
 from beit3.model import official
-from beit3.model.exchange import read_settings
+from beit3.model.exchange import CONFIG_FILE, read_settings
 from beit3.model.heads import AnyModel
-from beit3.model.presets import ModelConfig
-from beit3.model.store import load_model
+from beit3.model.hub import local_path
+from beit3.model_info import load_described
 from beit3.pretrain.text_tokenizer import TOKENIZER_FILE
 from beit3.tokenizer.official import is_visual_tokenizer, load_visual_tokenizer
 from beit3.tokenizer.teachers import KINDS, TeacherConfig, read_teacher
@@ -41,7 +40,8 @@ def info(
     """Say what a file or folder holds; for a visual tokenizer, write a page of what its codes mean.
 
     Args:
-        source: folder of a run or its export, released `.pth` file, `.spm` file, prepared data, or recorded codes.
+        source: folder of a run or its export, "hf-hub:organisation/name", released `.pth` file, `.spm` file, prepared
+            data, or recorded codes.
         page: HTML file to write about a visual tokenizer; needs `images`.
         images: prepared folder whose pictures the page shows.
         number: pictures of the page, drawn at random.
@@ -51,13 +51,13 @@ def info(
     """
     require((page is None) == (images is None), "a page needs both --page and --images")
     require(number >= 1, f"--number must be at least 1, not {number}")
-    place, held = open_source(source)
-    own = read_teacher(place) if isinstance(held, VQKD) and place.is_dir() else None
-    print("\n".join(describe(place, held, own)))
+    place, held, lines = open_source(source)
+    print("\n".join(lines))
     if page is None or images is None:
         return
     if not isinstance(held, VQKD):
         raise ConfigError(f"{source} is no visual tokenizer: pages are written about those alone")
+    own = read_teacher(place) if place.is_dir() else None
     compared = own if teacher is None else _parse_teacher(teacher, teacher_size)
     pictures = load_pictures(images, held.config.image_size, number)
     lead = f"{_tokenizer_line(held)}. Shown on {len(pictures):,} pictures of {images.name}."
@@ -67,56 +67,59 @@ def info(
     print(f"{page}: written")
 
 
-def open_source(source: Path) -> tuple[Path, Held]:
-    """Open whatever a source is; also returns the place within a run's folder.
+def open_source(source: Path) -> tuple[Path, Held, list[str]]:
+    """Open whatever a source is; also returns the place within a run's folder, and what to say of it.
 
     Raises:
         DataMissingError: the source does not exist, or is a run that has not finished.
         ConfigError: it is none of the known kinds, or damaged.
     """
+    source = local_path(source)
     if not source.exists():
         raise DataMissingError(f"{source} does not exist")
     if (source / RUN_FILE).is_file() or (source / EXPORT).is_dir():
         if not (source / EXPORT).is_dir():
             raise DataMissingError(f"{source} is a run that has not finished: call `beit3 train` with --resume first")
         source = source / EXPORT
-    if (source / TOKENIZER_FILE).is_file() and not (source / "config.json").is_file():
+    if (source / TOKENIZER_FILE).is_file() and not (source / CONFIG_FILE).is_file():
         source = source / TOKENIZER_FILE
     if (source / REPORT_FILE).is_file():
-        try:
-            return source, PrepareReport(**json.loads((source / REPORT_FILE).read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
-            raise ConfigError(f"{source / REPORT_FILE} is damaged ({error}): prepare the data again") from error
+        report = _read_report(source / REPORT_FILE)
+        return source, report, report.lines()
     if (source / SETTINGS_FILE).is_file():
-        return source, CodeTable(source)
+        codes = CodeTable(source)
+        return source, codes, _describe_codes(source, codes)
     if source.suffix == ".spm":
-        return source, TextTokenizer.load(source)
-    if (source / "config.json").is_file():
-        tokenizer = read_settings(source).get("kind") == "vqkd"
-    elif source.is_file():
-        tokenizer = is_visual_tokenizer(official.read_official(source))
+        text = TextTokenizer.load(source)
+        return source, text, [f"{source}: text tokenizer", f"  ids         {len(text):,}, <mask> is {text.mask_id}"]
+    if (source / CONFIG_FILE).is_file():
+        visual = read_settings(source).get("kind") == "vqkd"
+    elif source.is_file() or (source / "latest").is_file() or any(source.glob("mp_rank_*")):  # DeepSpeed's folders
+        visual = is_visual_tokenizer(official.read_official(source))
     else:
         raise ConfigError(f"{source} holds no model, tokenizer, prepared data or codes")
-    return source, load_visual_tokenizer(source) if tokenizer else load_model(source)
+    if not visual:
+        return source, *load_described(source)
+    tokenizer = load_visual_tokenizer(source)
+    teacher = read_teacher(source) if source.is_dir() else None
+    return source, tokenizer, _describe_tokenizer(source, tokenizer, teacher)
 
 
-def describe(source: Path, held: Held, teacher: TeacherConfig | None) -> list[str]:
-    """What a source holds, in a few lines; the teacher is that of a visual tokenizer."""
-    if isinstance(held, PrepareReport):
-        return held.lines()
-    if isinstance(held, CodeTable):
-        record = held.settings
-        crops = f"{record['crops']} crops each, {record['codebook_size']:,} codes"
-        return [f"{source}: visual tokens of {len(held):,} pictures, {crops}, tokenizer {record['tokenizer']}"]
-    if isinstance(held, TextTokenizer):
-        return [f"{source}: text tokenizer", f"  ids         {len(held):,}, <mask> is {held.mask_id}"]
-    if isinstance(held, VQKD):
-        return [f"{source}: visual tokenizer (VQ-KD)", *_describe_tokenizer(held, teacher), _parameters(held)]
-    return [f"{source}: {held.task or 'backbone'}", *_shape(held.model_config), _parameters(held)]
+def _read_report(path: Path) -> PrepareReport:
+    try:
+        return PrepareReport(**json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{path} is damaged ({error}): prepare the data again") from error
 
 
-def _describe_tokenizer(tokenizer: VQKD, teacher: TeacherConfig | None) -> list[str]:
-    lines = [f"  shape       {_tokenizer_line(tokenizer)}"]
+def _describe_codes(source: Path, codes: CodeTable) -> list[str]:
+    record = codes.settings
+    crops = f"{record['crops']} crops each, {record['codebook_size']:,} codes"
+    return [f"{source}: visual tokens of {len(codes):,} pictures, {crops}, tokenizer {record['tokenizer']}"]
+
+
+def _describe_tokenizer(source: Path, tokenizer: VQKD, teacher: TeacherConfig | None) -> list[str]:
+    lines = [f"{source}: visual tokenizer (VQ-KD)", f"  shape       {_tokenizer_line(tokenizer)}"]
     values = tokenizer.quantize.statistics()
     if float(tokenizer.quantize.usage.sum()):
         use = f"{float(values['codebook_use']):.1%}, perplexity {float(values['perplexity']):,.0f}"
@@ -124,7 +127,7 @@ def _describe_tokenizer(tokenizer: VQKD, teacher: TeacherConfig | None) -> list[
     if teacher is not None:
         named = "" if teacher.kind == "efficientnet_lite0" else f" {teacher.name}"
         lines.append(f"  teacher     {teacher.kind}{named} at {teacher.image_size} pixels")
-    return lines
+    return [*lines, f"  parameters  {sum(parameter.numel() for parameter in tokenizer.parameters()):,}"]
 
 
 def _parse_teacher(text: str, size: int) -> TeacherConfig:
@@ -142,17 +145,3 @@ def _tokenizer_line(tokenizer: VQKD) -> str:
         f"{own.codebook_size:,} codes of {own.code_width}, {height} x {width} pixels in patches of {own.patch_size}, "
         f"encoder of {own.depth} layers and decoder of {own.decoder_depth}, width {own.width}"
     )
-
-
-def _shape(config: ModelConfig) -> list[str]:
-    height, width = config.image_size
-    return [
-        f"  shape       {config.num_layers} layers of {config.width}, {config.num_heads} heads, FFN {config.ffn_width}",
-        f"  attention   {config.attention}, {config.fusion_layers} fusion layers",
-        f"  pictures    {height} x {width} pixels in patches of {config.patch_size}",
-        f"  texts       {config.vocab_size:,} ids, at most {config.max_text_length} of them",
-    ]
-
-
-def _parameters(model: nn.Module) -> str:
-    return f"  parameters  {sum(parameter.numel() for parameter in model.parameters()):,}"

@@ -5,8 +5,8 @@ Shapes: n inputs, D width.
 
 from __future__ import annotations
 
+import logging
 import re
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, overload
@@ -21,7 +21,7 @@ from beit3.data.labels import imagenet_labels, labels_file, read_labels
 from beit3.data.preprocess import Preprocess
 from beit3.data.texts import clean_text
 from beit3.errors import ConfigError
-from beit3.model.exchange import CONFIG_FILE
+from beit3.model.exchange import CONFIG_FILE, Part
 from beit3.model.heads import (
     AnyModel,
     CaptioningModel,
@@ -40,6 +40,7 @@ from beit3.train.distributed import choose_device
 
 Ranking = list[tuple[str, float]]
 """Names with their scores, best first."""
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 M = TypeVar("M")
 _TEXTS = 256
@@ -47,8 +48,8 @@ _TEXTS = 256
 _IMAGE_TOKENS = 16_384
 """Patches of one batch: 83 pictures of 224 pixels."""
 _MASK = re.compile(r"\s*<mask>\s*")
-_TOKENIZER_FILE = "tokenizer.spm"
-_RELEASED_TOKENIZER = "beit3.spm"
+TOKENIZER_FILE = "tokenizer.spm"
+RELEASED_TOKENIZER = "beit3.spm"
 _UNUSED_ROWS = 8
 """Rows of the released word embedding that no id of `beit3.spm` reaches."""
 
@@ -59,6 +60,7 @@ def load(
     dtype: torch.dtype | None = None,
     *,
     image_size: int | tuple[int, int] | None = None,
+    parts: Part | None = None,
     tokenizer: str | Path | None = None,
     labels: str | Path | None = None,
     allow_urls: bool = False,
@@ -71,6 +73,7 @@ def load(
         device: None takes CUDA, then MPS, then the CPU.
         dtype: of the weights; None keeps fp32.
         image_size: side, or height and width; None keeps the source's resolution.
+        parts: "vision" or "text" loads one tower, in half the memory.
         tokenizer: `.spm` file to use instead.
         labels: `labels.json` or the released `answer2label.txt` to use instead.
         allow_urls: whether pictures may be `http(s)://` addresses.
@@ -80,18 +83,18 @@ def load(
         ConfigError: the source is damaged, or tokenizer or labels do not fit the model.
     """
     place = local_path(source)
-    model = load_model(place, image_size=image_size)
+    model = load_model(place, image_size=image_size, parts=parts)
     if (place / CONFIG_FILE).is_file():
         preprocess = Preprocess.read(place)
         if image_size is not None:
             preprocess = preprocess.resized(model.model_config.image_size)
-        beside = place / _TOKENIZER_FILE if preprocess.max_text_length else None
+        beside = place / TOKENIZER_FILE if preprocess.max_text_length else None
     else:
         preprocess = Preprocess.of_task(model.model_config, model.task)
-        found = place.with_name(_RELEASED_TOKENIZER)
+        found = place.with_name(RELEASED_TOKENIZER)
         beside = found if preprocess.max_text_length and found.is_file() else None
     spm = Path(tokenizer) if tokenizer is not None else beside
-    text = None if spm is None else TextTokenizer.load(spm)
+    text = None if spm is None or model.part == "vision" else TextTokenizer.load(spm)
     if text is not None:
         _check_vocabulary(text, model, f"{spm}", released=not (place / CONFIG_FILE).is_file())
     names = _find_labels(model, place, None if labels is None else Path(labels))
@@ -301,7 +304,7 @@ class Predictor:
         return self.model.push_to_hub(name, self._files(), private=private, licence=licence, numbers=numbers)
 
     def _files(self) -> dict[str, bytes]:
-        tokenizer = {} if self._tokenizer is None else {_TOKENIZER_FILE: self._tokenizer.model}
+        tokenizer = {} if self._tokenizer is None else {TOKENIZER_FILE: self._tokenizer.model}
         labels = {} if self.labels is None else labels_file(self.labels)
         return {**self.preprocess.file(), **tokenizer, **labels}
 
@@ -369,9 +372,8 @@ def _find_labels(model: AnyModel, place: Path, given: Path | None) -> list[str] 
     if given is None and not path.is_file():
         if model.task == "classification" and outputs == len(names := imagenet_labels()):
             return names
-        warnings.warn(
-            f"{place} has no names for its {outputs} outputs, so they are numbered: pass labels= to beit3.load",
-            stacklevel=3,
+        logger.warning(
+            "%s has no names for its %d outputs, so they are numbered: give a list of labels", place, outputs
         )
         return None
     names = read_labels(path)
