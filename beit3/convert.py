@@ -13,6 +13,7 @@ from beit3.model import official as official_model
 from beit3.model.exchange import CONFIG_FILE, Part, read_settings
 from beit3.model.hub import local_path
 from beit3.model.presets import ModelConfig
+from beit3.model.released_files import read_official
 from beit3.model.store import load_model
 from beit3.predict import load
 from beit3.tokenizer import official as official_tokenizer
@@ -68,7 +69,7 @@ def convert(
 def _is_visual_tokenizer(place: Path) -> bool:
     if (place / CONFIG_FILE).is_file():
         return read_settings(place).get("kind") == "vqkd"
-    return is_visual_tokenizer(official_model.read_official(place))
+    return is_visual_tokenizer(read_official(place))
 
 
 def _to_file(source: Path, out: Path) -> str:

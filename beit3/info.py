@@ -12,10 +12,10 @@ from beit3.data.shard_writer import PrepareReport
 from beit3.data.shards import REPORT_FILE
 from beit3.data.visual_codes import SETTINGS_FILE, CodeTable
 from beit3.errors import ConfigError, DataMissingError
-from beit3.model import official
 from beit3.model.exchange import CONFIG_FILE, read_settings
 from beit3.model.heads import AnyModel
 from beit3.model.hub import local_path
+from beit3.model.released_files import read_official
 from beit3.model_info import load_described
 from beit3.pretrain.text_tokenizer import TOKENIZER_FILE
 from beit3.tokenizer.official import is_visual_tokenizer, load_visual_tokenizer
@@ -95,7 +95,7 @@ def open_source(source: Path) -> tuple[Path, Held, list[str]]:
     if (source / CONFIG_FILE).is_file():
         visual = read_settings(source).get("kind") == "vqkd"
     elif source.is_file() or (source / "latest").is_file() or any(source.glob("mp_rank_*")):  # DeepSpeed's folders
-        visual = is_visual_tokenizer(official.read_official(source))
+        visual = is_visual_tokenizer(read_official(source))
     else:
         raise ConfigError(f"{source} holds no model, tokenizer, prepared data or codes")
     if not visual:

@@ -12,9 +12,9 @@ from beit3.data import labels as label_files
 from beit3.data.preprocess import FILE as PREPROCESS_FILE
 from beit3.data.preprocess import Preprocess
 from beit3.errors import ConfigError
-from beit3.model import official
 from beit3.model.exchange import CONFIG_FILE, read_tensors
 from beit3.model.heads import AnyModel
+from beit3.model.released_files import read_official
 from beit3.model.store import load_model
 from beit3.predict import RELEASED_TOKENIZER, TOKENIZER_FILE
 from beit3.tokenizer.text import TextTokenizer
@@ -26,7 +26,7 @@ def load_described(source: Path) -> tuple[AnyModel, list[str]]:
     Raises:
         ConfigError: what is wrong with the source.
     """
-    tensors = read_tensors(source) if source.is_dir() else official.read_official(source)
+    tensors = read_tensors(source) if (source / CONFIG_FILE).is_file() else read_official(source)
     try:
         model = load_model(source)
     except ConfigError:
@@ -36,7 +36,7 @@ def load_described(source: Path) -> tuple[AnyModel, list[str]]:
 
 
 def _describe(source: Path, model: AnyModel, tensors: Mapping[str, Tensor]) -> list[str]:
-    config, is_folder = model.model_config, source.is_dir()
+    config, is_folder = model.model_config, (source / CONFIG_FILE).is_file()
     height, width = config.image_size
     part = "" if model.part is None else f", {model.part} tower alone"
     rows, columns = config.grid

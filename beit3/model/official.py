@@ -1,4 +1,4 @@
-"""The released BEiT-3 files: read them, and translate their layout to ours and back.
+"""The layout of the released BEiT-3 files, translated to ours and back (`released_files` reads them).
 
 Shapes: D width, F feed-forward width, P patch side, N patches, V vocabulary, K codebook size.
 
@@ -9,22 +9,20 @@ norm before the feed-forward network; the norm after the last block is `encoder.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import math
 import re
-import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from beit3.errors import ConfigError, DataMissingError
+from beit3.errors import ConfigError
 from beit3.model.heads import build_model
 from beit3.model.presets import POSITION_OFFSET, ModelConfig, native_head_width
+from beit3.model.released_files import listed, shown, unwrap
 
 _BACKBONE = ("text_embed.", "vision_embed.", "encoder.")
 _MODALITIES = {"A": "vision", "B": "text"}
@@ -48,6 +46,7 @@ _OPTIONS = {
     "vqa": ("num_answers", "head.3.bias"),
 }
 """Options of task models, and the tensor whose length tells them."""
+_WEIGHT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Converted(NamedTuple):
@@ -71,36 +70,6 @@ class _Entry:
     part_shape: tuple[int, ...]
 
 
-def read_official(path: str | Path) -> dict[str, Tensor]:
-    """Read the tensors of a released file without running anything in it.
-
-    Args:
-        path: a `.pth` file, or the same file under the name `.zip` that some browsers give it.
-
-    Returns:
-        Weights under their official names, on the CPU, mapped from disk where the file's format allows.
-
-    Raises:
-        DataMissingError: no such file.
-        ConfigError: a folder, a file that is no checkpoint, or one that holds more than weights and plain options.
-    """
-    path = Path(path)
-    if path.is_dir():
-        raise ConfigError(_explain_folder(path))
-    if not path.is_file():
-        raise DataMissingError(f"{path} does not exist: give the path of a downloaded .pth file")
-    try:
-        # The released files keep their training options in a Namespace, which is plain data.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # damaged bytes raise nearly anything
-        reason = str(error).strip().partition("\n")[0][:160]
-        raise ConfigError(f"{path} is no checkpoint of tensors alone, so it is not read: {reason}") from error
-    if not isinstance(content, Mapping):
-        raise ConfigError(f"{path} holds a {type(content).__name__}, not named weights")
-    return _unwrap(content)
-
-
 def to_ours(
     state: Mapping[str, object],
     *,
@@ -118,13 +87,14 @@ def to_ours(
         image_size: height and width in pixels that the position table was made for; None takes a square.
 
     Returns:
-        A decoupled configuration, our state dict (shares memory with `state` where nothing was joined), the task its
-        heads belong to, and that task's options.
+        A decoupled configuration, our state dict in fp32 (shares memory with `state` where nothing was joined or
+        cast), the task its heads belong to, and that task's options.
 
     Raises:
-        ConfigError: missing, unknown or wrongly shaped tensors; the message lists them.
+        ConfigError: missing, unknown or wrongly shaped tensors, or numbers that are no weights; the message lists
+            them.
     """
-    found = _normalise(_unwrap(state))
+    found = _normalise(unwrap(state))
     backbone = {key: value for key, value in found.items() if key.startswith(_BACKBONE)}
     extra = {key: value for key, value in found.items() if key not in backbone} if heads else {}
     config = _infer_config(backbone, num_heads, image_size)
@@ -134,7 +104,8 @@ def to_ours(
     _check("official", {**backbone, **extra}, {key: e.part_shape for e in entries for key in e.official})
     ours: dict[str, Tensor] = {}
     for entry in entries:
-        parts = [found[key] for key in entry.official]
+        # Files of fp16 or bf16 load as the same values in fp32, so that resizing positions rounds nothing.
+        parts = [found[key].float() for key in entry.official]
         ours[entry.ours] = (parts[0] if len(parts) == 1 else torch.stack(parts)).reshape(entry.shape)
     return Converted(config, ours, task, head_options)
 
@@ -240,8 +211,8 @@ def _infer_task(heads: Mapping[str, Tensor]) -> tuple[str | None, dict[str, int]
         if set(keys) == heads.keys():
             return task, {name: heads[key].numel() for name, key in [_OPTIONS[task]]} if task in _OPTIONS else {}
     raise ConfigError(
-        f"unknown keys besides the backbone: {_listed(heads)}; the heads known are those of "
-        f"{', '.join(_HEADS)}: {_listed(list(itertools.chain(*_HEADS.values())))}"
+        f"unknown keys besides the backbone: {listed(heads)}; the heads known are those of "
+        f"{', '.join(_HEADS)}: {listed(list(itertools.chain(*_HEADS.values())))}"
     )
 
 
@@ -252,7 +223,7 @@ def _infer_config(
 
     def shape(key: str, dimensions: int) -> tuple[int, ...]:
         if key not in state:
-            raise ConfigError(f"not an official BEiT-3 file: it has no '{key}'; keys found: {_listed(state) or 'none'}")
+            raise ConfigError(f"not an official BEiT-3 file: it has no '{key}'; keys found: {listed(state) or 'none'}")
         if state[key].ndim != dimensions:
             raise ConfigError(f"'{key}' has shape {tuple(state[key].shape)}, not {dimensions} dimensions")
         return tuple(state[key].shape)
@@ -268,7 +239,7 @@ def _infer_config(
         )
     if num_heads is None and width % native_head_width(width):
         raise ConfigError(f"the width {width} does not divide by a head width of 64: give num_heads")
-    layers = {int(match[1]) for key in state if (match := re.match(r"encoder\.layers\.(\d+)\.", key))}
+    layers = {match[1] for key in state if (match := re.match(r"encoder\.layers\.(\d+)\.", key))}
     return ModelConfig(
         width=width,
         num_layers=max(len(layers), 1),
@@ -284,18 +255,6 @@ def _infer_config(
     )
 
 
-def _unwrap(content: Mapping[str, object]) -> dict[str, Tensor]:
-    """Take the weights out of the dictionaries that training scripts wrap around them."""
-    for wrapper in ("model", "module"):
-        inner = content.get(wrapper)
-        if isinstance(inner, Mapping):
-            return _unwrap(inner)
-    others = [str(key) for key, value in content.items() if not isinstance(value, Tensor)]
-    if others:
-        raise ConfigError(f"not a file of weights: no tensors under {_listed(others)}")
-    return {key: value for key, value in content.items() if isinstance(value, Tensor)}
-
-
 def _normalise(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Remove the prefixes of data parallelism, compilation and the official wrapper class."""
     clean: dict[str, Tensor] = {}
@@ -305,39 +264,28 @@ def _normalise(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             name = name.removeprefix("module.")
         name = name.removeprefix("beit3.")
         if name in clean:
-            raise ConfigError(f"two tensors are named '{name}' once prefixes are removed; the second is '{key}'")
+            raise ConfigError(
+                f"two tensors are named '{shown(name)}' once prefixes are removed; the second is '{shown(key)}'"
+            )
         clean[name] = value
     return clean
 
 
 def _check(kind: str, state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise one line that lists all missing, unknown and wrongly shaped tensors."""
+    """Raise one line that lists all missing, unknown and wrongly shaped tensors, and those of other types."""
     problems: list[str] = []
     if missing := [key for key in expected if key not in state]:
-        problems.append(f"missing {_listed(missing)}")
+        problems.append(f"missing {listed(missing)}")
     if unknown := [key for key in state if key not in expected]:
-        problems.append(f"unknown {_listed(unknown)}")
+        problems.append(f"unknown {listed(unknown)}")
     wrong = [
         f"{key} {tuple(state[key].shape)} instead of {shape}"
         for key, shape in expected.items()
         if key in state and tuple(state[key].shape) != shape
     ]
     if wrong:
-        problems.append(f"wrong shapes: {_listed(wrong)}")
+        problems.append(f"wrong shapes: {listed(wrong)}")
+    if alien := [f"{key} ({value.dtype})" for key, value in state.items() if value.dtype not in _WEIGHT_TYPES]:
+        problems.append(f"not floating point of 16 to 64 bits: {listed(alien)}")
     if problems:
         raise ConfigError(f"the {kind} weights do not fit: {'; '.join(problems)}")
-
-
-def _listed(names: Mapping[str, object] | Sequence[str], most: int = 20) -> str:
-    items = list(names)
-    more = f" and {len(items) - most} more" if len(items) > most else ""
-    return ", ".join(items[:most]) + more
-
-
-def _explain_folder(path: Path) -> str:
-    if any(path.glob("data.pkl")) or any(path.glob("*/data.pkl")):
-        return (
-            f"{path} is a checkpoint that a browser or an archive program has unpacked: "
-            "download the .pth file again and do not open it (a .pth file is a zip archive)"
-        )
-    return f"{path} is a folder without an unpacked checkpoint: give the path of the .pth file"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from beit3.config import differences, to_plain
 from beit3.errors import ConfigError
@@ -23,6 +23,7 @@ from beit3.model.heads import AnyModel, build_model
 from beit3.model.hub import local_path
 from beit3.model.parts import keep_part
 from beit3.model.presets import ModelConfig
+from beit3.model.released_files import read_official
 from beit3.model.transformer import MultiwayTransformer
 
 _POSITIONS = "vision_embedding.positions"
@@ -39,8 +40,8 @@ def load_model(
     """Load a model from an exchange folder, the Hugging Face Hub or a released file.
 
     Args:
-        source: folder written by `save_pretrained` or a run, "hf-hub:organisation/name[@revision]", or a released
-            `.pth` (also under a `.zip` name).
+        source: folder written by `save_pretrained` or a run, "hf-hub:organisation/name[@revision]", or a file of the
+            released layout: `.pth` (also under a `.zip` name), `.safetensors`, DeepSpeed's checkpoint folders.
         task: None takes what the source holds; "backbone" drops its heads; another task gets its heads at random,
             which needs `strict=False`.
         image_size: None keeps the source's resolution; another one (height and width, or a side) interpolates
@@ -70,16 +71,32 @@ def load_model(
     return _fill(stored, parts, strict, str(source)).eval()
 
 
-def load_backbone(backbone: MultiwayTransformer, source: str | Path) -> None:
-    """Fill a backbone from the backbone of any saved model of the same shape (drop path and the like may differ)."""
-    stored, own = _read(local_path(source)), backbone.config
+def fill_model(model: AnyModel, source: str | Path) -> None:
+    """Start a model from a saved one: its backbone, and its heads if they are of the same task and sizes.
+
+    Positions are interpolated to the model's image size; drop path and the like may differ.
+
+    Args:
+        model: of the same backbone shape; changed in place.
+        source: as for `load_model`.
+
+    Raises:
+        DataMissingError: the source does not exist.
+        ConfigError: it is damaged, or its backbone has another shape.
+    """
+    stored, own = _read(local_path(source)), model.model_config
     if stored.config.image_size != own.image_size and stored.config.patch_size == own.patch_size:
         stored = _resize(stored, own.image_size)
     same = replace(stored.config, drop_path=own.drop_path, activation_checkpointing=own.activation_checkpointing)
     if same != own:
         names = differences(to_plain(same), to_plain(own))
         raise ConfigError(f"{source} has another shape than the model of this run: {', '.join(names)} differ")
-    backbone.load_state_dict(_backbone_state(stored))
+    _check_finite(stored.state, str(source))
+    with_heads = (stored.task, stored.options) == (model.task, model.head_options)
+    target = model if with_heads or isinstance(model, MultiwayTransformer) else model.backbone
+    state = stored.state if with_heads else _backbone_state(stored)
+    _check_fits(target, state, strict=True, source=str(source))
+    target.load_state_dict(state)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,7 +121,11 @@ def _read(source: Path) -> _Stored:
             options=settings.get("heads") or {},
             part=settings.get("part"),
         )
-    converted = official.to_ours(official.read_official(source))
+    tensors = read_official(source)
+    try:
+        converted = official.to_ours(tensors)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from error
     return _Stored(
         config=converted.config, state=converted.state, task=converted.task, options=dict(converted.head_options)
     )
@@ -116,15 +137,8 @@ def _fill(stored: _Stored, part: Part | None, strict: bool, source: str) -> AnyM
         model = build_model(stored.config, stored.task, **stored.options)
     if stored.part is not None:
         keep_part(model, stored.part)
-    expected = model.state_dict()
-    missing, unexpected = sorted(expected.keys() - stored.state.keys()), sorted(stored.state.keys() - expected.keys())
-    wrong = [name for name in expected.keys() & stored.state.keys() if expected[name].shape != stored.state[name].shape]
-    if unexpected or wrong or (missing and strict):
-        raise ConfigError(
-            f"{source} does not fit its configuration: missing {missing}, unexpected {unexpected}, "
-            f"of another shape {sorted(wrong)}"
-        )
-    if missing:
+    complete = _check_fits(model, stored.state, strict=strict, source=source)
+    if not complete:
         model = build_model(stored.config, stored.task, **stored.options)
     if part is not None:
         keep_part(model, part)
@@ -132,8 +146,21 @@ def _fill(stored: _Stored, part: Part | None, strict: bool, source: str) -> AnyM
     # No copy of what is fp32 already; and the file is not read for a tower that was dropped.
     state = {name: value.float() for name, value in stored.state.items() if name in needed}
     _check_finite(state, source)
-    model.load_state_dict(state, strict=False, assign=not missing)
+    model.load_state_dict(state, strict=False, assign=complete)
     return model
+
+
+def _check_fits(model: nn.Module, state: dict[str, Tensor], *, strict: bool, source: str) -> bool:
+    """Refuse tensors that a model has no place for, or that it lacks if `strict`; returns whether it lacks none."""
+    expected = model.state_dict()
+    missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+    wrong = sorted(name for name in expected.keys() & state.keys() if expected[name].shape != state[name].shape)
+    if unexpected or wrong or (missing and strict):
+        raise ConfigError(
+            f"{source} does not fit its configuration: missing {missing}, unexpected {unexpected}, "
+            f"of another shape {wrong}"
+        )
+    return not missing
 
 
 def _check_finite(state: dict[str, Tensor], source: str) -> None:

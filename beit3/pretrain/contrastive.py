@@ -36,7 +36,7 @@ from beit3.model.flops import forward_flops
 from beit3.model.heads import RetrievalModel
 from beit3.model.packing import PackedBatch
 from beit3.model.presets import ModelConfig
-from beit3.model.store import load_backbone
+from beit3.model.store import fill_model
 from beit3.pretrain.export import export_model
 from beit3.tokenizer.text import TextTokenizer
 from beit3.train.task import Loader, OneStream, Task, Work
@@ -151,7 +151,7 @@ class Contrastive(Task[PairBatch]):
         self.text_tokenizer = TextTokenizer.load(config.text_tokenizer)
         self.model = RetrievalModel(config.model)
         if config.init_from is not None:
-            load_backbone(self.model.backbone, config.init_from)
+            fill_model(self.model, config.init_from)
         self.model.backbone.freeze_unreached(images=True, texts=True, pairs=False)
         self.model.backbone.vision_embedding.mask_token.requires_grad_(False)  # nothing is hidden
 

@@ -27,6 +27,7 @@ from beit3.data.visual_codes import CodeTable, open_codes
 from beit3.model.flops import forward_flops
 from beit3.model.heads import PretrainingModel
 from beit3.model.presets import ModelConfig
+from beit3.model.store import fill_model
 from beit3.pretrain.export import export_model
 from beit3.pretrain.masked_batches import (
     IGNORE,
@@ -55,6 +56,8 @@ class MaskedDataModelingConfig(TaskConfig):
     """Exchange folder or released file of a VQ-KD tokenizer; its grid must be the model's."""
     text_tokenizer: Path
     """A `.spm` file."""
+    init_from: Path | None = None
+    """Exchange folder or released file to go on from; its heads are kept if they have the same sizes. None: random."""
     pairs: Stream | None = None
     images: Stream | None = None
     texts: Stream | None = None
@@ -108,6 +111,8 @@ class MaskedDataModeling(Task[MaskedBatch]):
             f"{config.text_tokenizer} has {len(self.text_tokenizer)} ids, the model {config.model.vocab_size}",
         )
         self.model = PretrainingModel(config.model, visual_tokenizer.config.codebook_size)
+        if config.init_from is not None:
+            fill_model(self.model, config.init_from)
         images, texts, pairs = (stream is not None for stream in (config.images, config.texts, config.pairs))
         self.model.backbone.freeze_unreached(images=images, texts=texts, pairs=pairs)
         self.model.mim_head.requires_grad_(images or pairs)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from beit3.errors import ConfigError
-from beit3.model.official import read_official
+from beit3.model.released_files import read_official
 from beit3.tokenizer.vqkd import VQKD, VQKDConfig, check_state
 
 _HEAD_WIDTH = 64

@@ -20,6 +20,8 @@ from beit3.data.transforms import CropConfig, EvalResize, RandomCrop, Views
 from beit3.data.write_codes import CodesConfig, write_codes
 from beit3.errors import BadSampleError, ConfigError
 from beit3.model.flops import forward_flops
+from beit3.model.heads import PretrainingModel
+from beit3.model.official import to_official
 from beit3.pretrain.masked_batches import Kind, MaskedBatch, MaskedEncoder, join_batches
 from beit3.pretrain.masked_data_modeling import MaskedDataModeling, MaskedDataModelingConfig
 from beit3.tokenizer.vqkd import VQKD, VQKDConfig
@@ -401,3 +403,24 @@ def test_recorded_codes_are_targets_in_place_of_the_tokenizer(
 def test_codes_for_some_sources_only_are_refused(mdm_config: MaskedDataModelingConfig) -> None:
     with pytest.raises(ConfigError, match="either pairs and images both have `codes`, or neither"):
         replace(mdm_config, images=Stream(sources=(Source(path="images", codes="codes"),), batch_size=3))
+
+
+def test_pretraining_goes_on_from_a_saved_model_with_its_heads(build_mdm: Build, tmp_path: Path) -> None:
+    before = build_mdm()
+    before.save(tmp_path / "export")
+    task = MaskedDataModeling(replace(before.config, init_from=tmp_path / "export"))
+    for name, value in before.model.state_dict().items():
+        assert torch.equal(task.model.state_dict()[name], value), name
+
+
+def test_pretraining_goes_on_from_a_released_file_with_heads_of_its_own_sizes(build_mdm: Build, tmp_path: Path) -> None:
+    """The released heads belong to the released tokenizers: other sizes begin at random."""
+    form: dict[str, Any] = {"attention": "decoupled", "fusion_layers": 0, "width": 64, "num_heads": 1}
+    config = build_mdm().config
+    config = replace(config, model=replace(config.model, **form))
+    release = PretrainingModel(config.model, codebook_size=7)
+    torch.save({"model": to_official(release.model_config, release.state_dict())}, tmp_path / "released.pth")
+    task = MaskedDataModeling(replace(config, init_from=tmp_path / "released.pth"))
+    for name, value in release.backbone.state_dict().items():
+        assert torch.equal(task.model.backbone.state_dict()[name], value), name
+    assert task.model.mim_head.out_features != 7

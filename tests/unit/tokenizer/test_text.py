@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import torch
+from sentencepiece import sentencepiece_model_pb2 as model_pb2
 
 from beit3.data.texts import clean_text
 from beit3.errors import BadSampleError, ConfigError, DataMissingError
@@ -71,6 +72,33 @@ def test_ids_agree_with_the_tokenizer_of_the_official_code(
         assert tokenizer.encode(text)[1:-1] == fast.encode(text).ids
     assert len(tokenizer) == len(vocabulary)
     assert vocabulary[tokenizer.mask_id][0] == "<mask>"
+
+
+@pytest.mark.parametrize(
+    ("text", "ids"),
+    [
+        ("", [0, 2]),
+        ("a cat", [0, 4, 7, 2]),
+        ("  a\tcat ", [0, 4, 7, 2]),
+        ("catcat", [0, 7, 6, 2]),
+        ("acts", [0, 4, 10, 11, 12, 2]),
+        ("xcat", [0, 8, 3, 6, 2]),
+        ("cat ☃☃ a", [0, 7, 8, 3, 4, 2]),
+    ],
+)
+def test_ids_of_a_written_out_model_are_the_documented_numbers(text: str, ids: list[int]) -> None:
+    """Pieces 0, 1, 2 are `<unk>`, `<s>`, `</s>`; the nine others start at id 4 and end at 12; `<mask>` is 13."""
+    proto = model_pb2.ModelProto()
+    charsmap = model_pb2.ModelProto.FromString(train_text_tokenizer(iter(corpus()), 40).model).normalizer_spec
+    proto.normalizer_spec.CopyFrom(charsmap)
+    proto.pieces.add(piece="<unk>", type=2)
+    proto.pieces.add(piece="<s>", type=3)
+    proto.pieces.add(piece="</s>", type=3)
+    for rank, name in enumerate(["▁a", "ca", "cat", "▁cat", "▁", "a", "c", "t", "s"]):
+        proto.pieces.add(piece=name, score=-1.0 - rank)
+    tokenizer = TextTokenizer(proto.SerializeToString())
+    assert tokenizer.encode(text) == ids
+    assert (len(tokenizer), tokenizer.mask_id) == (14, 13)
 
 
 def test_special_ids_and_the_mask_at_the_end(
