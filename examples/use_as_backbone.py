@@ -2,7 +2,7 @@
 
     python examples/use_as_backbone.py MODEL PICTURE
 
-A detector or a segmentation head reads `backbone.feature_info` and a list of maps (B, D, h, w). Here no head is trained:
+A detector or a segmentation head reads `backbone.feature_info` and a list of maps (B, D, h, w). Here is no head at all:
 the principal components of each place's features are shown as colours, which tells how a model divides a picture.
 """
 

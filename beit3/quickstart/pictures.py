@@ -44,7 +44,8 @@ def show_hidden_patches(
     pictures = torch.stack([EvalResize(config.image_size)(cell.image) for cell in cells])
     count = MaskConfig().num_patches(config.grid)
     mask = torch.from_numpy(np.stack([block_mask(config.grid, count).reshape(-1) for _ in cells]))
-    ids, text_mask = predictor.tokenizer.encode_batch([cell.caption for cell in cells], predictor.preprocess.max_text_length)
+    captions = [cell.caption for cell in cells]
+    ids, text_mask = predictor.tokenizer.encode_batch(captions, predictor.preprocess.max_text_length)
     means = book.mean_patches()
     alone = model(images=normalize(pictures), image_mask=mask)
     paired = model(images=normalize(pictures), image_mask=mask, text_ids=ids, text_mask=text_mask)

@@ -1,0 +1,1 @@
+"""Search in folders of pictures: embed them once, find them by sentences and by pictures."""
