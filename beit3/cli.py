@@ -13,7 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
@@ -127,14 +127,9 @@ def _convert(arguments: Arguments) -> None:
     """Turn a released .pth file into an exchange folder, or back: beit3 convert SOURCE OUT."""
     from beit3.convert import convert
 
-    def run(source: tyro.conf.Positional[Path], out: tyro.conf.Positional[Path]) -> None:
-        """Turn a released file into an exchange folder, or an exchange folder into a file of the released layout.
-
-        Args:
-            source: `.pth` file of BEiT-3 or of a BEiT v2 tokenizer, or an exchange folder.
-            out: what to write; must not exist.
-        """
-        print(convert(source, out))
+    @functools.wraps(convert)
+    def run(*args: Any, **named: Any) -> None:
+        print(convert(*args, **named))
 
     _call(run, arguments, "beit3 convert")
 
@@ -246,6 +241,20 @@ def _search(arguments: Arguments) -> None:
     _call(search, arguments, "beit3 search")
 
 
+def _caption(arguments: Arguments) -> None:
+    """Describe pictures: beit3 caption PICTURE|FOLDER ... --model SOURCE [--out FILE.jsonl]."""
+    from beit3.asking import caption
+
+    _call(caption, arguments, "beit3 caption")
+
+
+def _answer(arguments: Arguments) -> None:
+    """Answer a question about pictures: beit3 answer PICTURE|FOLDER ... --question TEXT --model SOURCE."""
+    from beit3.asking import answer
+
+    _call(answer, arguments, "beit3 answer")
+
+
 def _call(function: Callable[..., None], arguments: Arguments, prog: str) -> None:
     """Call a function with arguments of the command line; parsing ends before it starts."""
 
@@ -313,6 +322,8 @@ VERBS: dict[str, Callable[[Arguments], None]] = {
     "info": _info,
     "embed": _embed,
     "search": _search,
+    "caption": _caption,
+    "answer": _answer,
 }
 
 

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import torch
+from tyro.conf import Positional
 
 from beit3.config import require
 from beit3.errors import ConfigError
@@ -17,19 +18,21 @@ from beit3.model.released_files import read_official
 from beit3.model.store import load_model
 from beit3.predict import load
 from beit3.tokenizer import official as official_tokenizer
+from beit3.tokenizer.fast import save_fast
 from beit3.tokenizer.official import is_visual_tokenizer, load_visual_tokenizer
 from beit3.tokenizer.vqkd import VQKD, VQKDConfig
 
 
 def convert(
-    source: str | Path,
-    out: Path,
+    source: Positional[str],
+    out: Positional[Path],
     *,
     image_size: int | None = None,
     parts: Part | None = None,
     tokenizer: Path | None = None,
     labels: Path | None = None,
     licence: str | None = None,
+    hugging_face: bool = False,
 ) -> str:
     """Turn a released file into an exchange folder, or an exchange folder into a file of the released layout.
 
@@ -41,6 +44,7 @@ def convert(
         tokenizer: `.spm` file of a released model; left out, `beit3.spm` beside it.
         labels: names of its classes or answers: `labels.json` or the released `answer2label.txt`.
         licence: of the weights, for the model card.
+        hugging_face: also write the text tokenizer in the form that transformers reads.
 
     Returns:
         One line about what was written.
@@ -53,8 +57,11 @@ def convert(
         raise ConfigError(f"{out} exists: choose another place")
     place = local_path(source)
     if (place / CONFIG_FILE).is_file() and out.suffix == ".pth":
-        changes = (image_size, parts, tokenizer, labels, licence)
-        require(changes == (None,) * 5, "the released layout holds tensors alone: leave the options out")
+        options = (image_size, parts, tokenizer, labels, licence, hugging_face or None)
+        require(
+            not any(option is not None for option in options),
+            "the released layout holds tensors alone: leave the options out",
+        )
         return _to_file(place, out)
     if _is_visual_tokenizer(place):
         visual = load_visual_tokenizer(place)
@@ -62,6 +69,8 @@ def convert(
         return f"{out}: visual tokenizer with {visual.config.codebook_size:,} codes"
     whole = load(place, "cpu", image_size=image_size, parts=parts, tokenizer=tokenizer, labels=labels)
     whole.save_pretrained(out, licence=licence)
+    if hugging_face:
+        save_fast(whole.tokenizer, out)
     model = whole.model
     return f"{out}: {model.task or 'backbone'}, {model.model_config.num_layers} layers of {model.model_config.width}"
 

@@ -19,7 +19,7 @@ from beit3.model.features import FeatureBackbone
 def main(source: str, picture: str, out: str = "features.png") -> None:
     """Write a picture of the last layer's first three principal components."""
     predictor = beit3.load(source, "cpu", parts="vision")
-    backbone = FeatureBackbone(predictor.model, out_indices=[-4, -1])
+    backbone = FeatureBackbone(predictor.model, out_indices=2)
     for place in backbone.feature_info.get_dicts():
         print(f"{place['module']}: {place['num_chs']} channels, one place for {place['reduction']} pixels")
     pixels = predictor.preprocess(open_image(picture))[None]

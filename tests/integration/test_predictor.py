@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -17,11 +17,14 @@ from beit3.data.emoji import load_cells
 from beit3.data.labels import labels_file
 from beit3.data.preprocess import Preprocess
 from beit3.errors import ConfigError, DataMissingError
-from beit3.model.heads import TaskModel, build_model
+from beit3.model.heads import build_model
 from beit3.model.official import to_official
 from beit3.model.presets import ModelConfig
 from beit3.predict import Predictor
 from beit3.tokenizer.text import TextTokenizer, train_text_tokenizer
+
+if TYPE_CHECKING:
+    from tests.integration.conftest import Released
 
 QUESTIONS = ["is this a cat?", "which colour has the heart?", "", "how many people are there?", "who?"]
 Given = tuple[list[Image.Image], TextTokenizer]
@@ -214,53 +217,48 @@ def _save(image: Image.Image, folder: Path) -> Path:
 
 
 @pytest.fixture
-def released(build: Callable[..., Predictor], tokenizer: TextTokenizer, tmp_path: Path) -> Path:
-    """A file in the released layout with `beit3.spm` beside it."""
-    model = build("vqa", num_answers=3).model
-    assert isinstance(model, TaskModel)
-    torch.save({"model": to_official(model.model_config, model.state_dict())}, tmp_path / "vqa.pth")
-    tokenizer.save(tmp_path / "beit3.spm")
-    return tmp_path / "vqa.pth"
+def vqa_file(released: Released) -> Path:
+    return released("vqa", num_answers=3)
 
 
 def test_a_released_file_answers_in_one_line(
-    released: Path, pictures: list[Image.Image], caplog: pytest.LogCaptureFixture
+    vqa_file: Path, pictures: list[Image.Image], caplog: pytest.LogCaptureFixture
 ) -> None:
-    predictor = beit3.load(released, device="cpu")
+    predictor = beit3.load(vqa_file, device="cpu")
     assert "has no names for its 3 outputs, so they are numbered" in caplog.text
     assert {name for name, _ in predictor.answer(pictures[0], "what?")} == {"answer 0", "answer 1", "answer 2"}
-    (released.parent / "answers.json").write_bytes(labels_file(["yes", "no", "blue"])["labels.json"])
+    (vqa_file.parent / "answers.json").write_bytes(labels_file(["yes", "no", "blue"])["labels.json"])
     caplog.clear()
-    named = beit3.load(released, device="cpu", labels=released.parent / "answers.json")
+    named = beit3.load(vqa_file, device="cpu", labels=vqa_file.parent / "answers.json")
     assert not caplog.text
     assert {name for name, _ in named.answer(pictures[0], "what?")} == {"yes", "no", "blue"}
 
 
-def test_a_released_file_without_its_tokenizer_says_what_to_do(released: Path, pictures: list[Image.Image]) -> None:
-    released.with_name("beit3.spm").rename(released.with_name("other.spm"))
-    predictor = beit3.load(released, device="cpu")
+def test_a_released_file_without_its_tokenizer_says_what_to_do(vqa_file: Path, pictures: list[Image.Image]) -> None:
+    vqa_file.with_name("beit3.spm").rename(vqa_file.with_name("other.spm"))
+    predictor = beit3.load(vqa_file, device="cpu")
     assert predictor.embed_images(pictures).shape == (5, 64)
     with pytest.raises(ConfigError, match=r"no beit3\.spm lies beside it"):
         predictor.answer(pictures[0], "what?")
-    given = beit3.load(released, device="cpu", tokenizer=released.with_name("other.spm"))
+    given = beit3.load(vqa_file, device="cpu", tokenizer=vqa_file.with_name("other.spm"))
     assert len(given.answer(pictures[0], "what?")) == 3
     with pytest.raises(DataMissingError, match=r"none\.spm does not exist"):
-        beit3.load(released, device="cpu", tokenizer="none.spm")
+        beit3.load(vqa_file, device="cpu", tokenizer="none.spm")
 
 
-def test_a_wrong_vocabulary_or_label_list_is_refused(released: Path) -> None:
+def test_a_wrong_vocabulary_or_label_list_is_refused(vqa_file: Path) -> None:
     other = train_text_tokenizer(iter(QUESTIONS * 3), 40, character_coverage=1.0)
-    other.save(released.with_name("beit3.spm"))
+    other.save(vqa_file.with_name("beit3.spm"))
     with pytest.raises(ConfigError, match=r"this tokenizer belongs to another model"):
-        beit3.load(released, device="cpu")
-    released.with_name("beit3.spm").unlink()
-    (released.parent / "answers.json").write_bytes(labels_file(["yes", "no"])["labels.json"])
+        beit3.load(vqa_file, device="cpu")
+    vqa_file.with_name("beit3.spm").unlink()
+    (vqa_file.parent / "answers.json").write_bytes(labels_file(["yes", "no"])["labels.json"])
     with pytest.raises(ConfigError, match="names 2 outputs, the model has 3"):
-        beit3.load(released, device="cpu", labels=released.parent / "answers.json")
+        beit3.load(vqa_file, device="cpu", labels=vqa_file.parent / "answers.json")
 
 
-def test_another_image_size_is_used_throughout(released: Path, pictures: list[Image.Image]) -> None:
-    predictor = beit3.load(released, device="cpu", image_size=(32, 48))
+def test_another_image_size_is_used_throughout(vqa_file: Path, pictures: list[Image.Image]) -> None:
+    predictor = beit3.load(vqa_file, device="cpu", image_size=(32, 48))
     assert predictor.preprocess.image_size == predictor.model.model_config.image_size == (32, 48)
     assert len(predictor.answer(pictures[0], "what?")) == 3
 
