@@ -38,6 +38,7 @@ def main(released: str, text_tokenizer: str, visual_tokenizer: str, data: str, s
             "task.pairs.batch_size": 32,
             "optim.warmup_steps": int(steps) // 10,
             "loop.steps": int(steps),
+            "loop.num_workers": 1,
         },
     )
     fit(run)

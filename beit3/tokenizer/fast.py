@@ -27,11 +27,11 @@ from pathlib import Path
 from typing import Any
 
 from sentencepiece import sentencepiece_model_pb2 as model_pb2
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from beit3.errors import ConfigError
 from beit3.model.presets import BOS, EOS, PAD, UNK
 from beit3.tokenizer.text import TextTokenizer
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 _WORD_MARK = "▁"
 _JOINT, _STOP = "\ufdd0", "\ufdd1"

@@ -13,13 +13,13 @@ from typing import Any, Literal
 import pytest
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2 as model_pb2
+from tokenizers import Tokenizer
 from tokenizers.normalizers import NFC
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from beit3.errors import ConfigError
 from beit3.tokenizer.fast import save_fast, to_fast
 from beit3.tokenizer.text import MAX_CHARS, TextTokenizer, train_text_tokenizer
-from tokenizers import Tokenizer
 
 LANGUAGES = """the a red green blue cat dog bird house tree with and on under big small flying sleeping photo of two
 three élève façade naïve über straße Ελλάδα ὕδωρ кошка собака йод việt nam phở tiếng đường かわいい ガギグ ネコ パン 猫
