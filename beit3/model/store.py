@@ -7,6 +7,7 @@ they are used.
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from beit3.model.released_files import read_official
 from beit3.model.transformer import MultiwayTransformer
 
 _POSITIONS = "vision_embedding.positions"
+_FINAL_NORM = re.compile(r"(backbone\.)?norm\.")
 logger = logging.getLogger(__name__)
 
 
@@ -74,7 +76,8 @@ def load_model(
 def fill_model(model: AnyModel, source: str | Path) -> None:
     """Start a model from a saved one: its backbone, and its heads if they are of the same task and sizes.
 
-    Positions are interpolated to the model's image size; drop path and the like may differ.
+    Positions are interpolated to the model's image size; drop path and the like may differ. Final norms that the model
+    does not have are left out, and those that the source does not have stay as they are (as the released code does).
 
     Args:
         model: of the same backbone shape; changed in place.
@@ -87,7 +90,8 @@ def fill_model(model: AnyModel, source: str | Path) -> None:
     stored, own = _read(local_path(source)), model.model_config
     if stored.config.image_size != own.image_size and stored.config.patch_size == own.patch_size:
         stored = _resize(stored, own.image_size)
-    same = replace(stored.config, drop_path=own.drop_path, activation_checkpointing=own.activation_checkpointing)
+    free = ("drop_path", "activation_checkpointing", "final_norm")
+    same = replace(stored.config, **{name: getattr(own, name) for name in free})
     if same != own:
         names = differences(to_plain(same), to_plain(own))
         raise ConfigError(f"{source} has another shape than the model of this run: {', '.join(names)} differ")
@@ -95,6 +99,9 @@ def fill_model(model: AnyModel, source: str | Path) -> None:
     with_heads = (stored.task, stored.options) == (model.task, model.head_options)
     target = model if with_heads or isinstance(model, MultiwayTransformer) else model.backbone
     state = stored.state if with_heads else _backbone_state(stored)
+    if stored.config.final_norm != own.final_norm:
+        state = {name: value for name, value in state.items() if not _FINAL_NORM.match(name)}
+        state |= {name: value for name, value in target.state_dict().items() if _FINAL_NORM.match(name)}
     _check_fits(target, state, strict=True, source=str(source))
     target.load_state_dict(state)
 

@@ -21,6 +21,7 @@ from beit3.errors import BeitError, ConfigError, DataMissingError
 from beit3.model.heads import ClassificationModel, PretrainingModel, RetrievalModel, VQAModel, build_model
 from beit3.model.official import to_official
 from beit3.model.presets import ModelConfig
+from beit3.model.store import fill_model
 from beit3.model.transformer import MultiwayTransformer
 
 Make = Callable[..., MultiwayTransformer]
@@ -333,3 +334,19 @@ def test_a_refused_publication_is_one_line(tiny: ModelConfig, make: Make, monkey
         BeitError, match=r"^someone/emoji was not published: 401 Unauthorized; log in with `hf auth login`$"
     ):
         make(tiny).push_to_hub("someone/emoji")
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_a_model_starts_from_one_with_or_without_final_norms(
+    has: bool, tiny: ModelConfig, make: Make, tmp_path: Path
+) -> None:
+    """The released ImageNet and VQA models have none, the pretrained ones do."""
+    source = make(tiny, final_norm=has)
+    source.save_pretrained(tmp_path / "source")
+    model = VQAModel(replace(tiny, final_norm=not has, drop_path=0.1), num_answers=3)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    fill_model(model, tmp_path / "source")
+    for name, value in model.state_dict().items():
+        inner = name.removeprefix("backbone.")
+        expected = source.state_dict()[inner] if name != inner and not inner.startswith("norm.") else before[name]
+        assert torch.equal(value, expected), name
