@@ -135,6 +135,8 @@ class OptimConfig:
     """Largest global gradient norm; None clips nothing."""
     layer_decay: float | None = None
     """Each earlier layer's learning rate is this factor smaller; None or 1.0: all equal."""
+    head_lr: float = 1.0
+    """Factor of the learning rate of the Task's `model.head`, which begins at random in finetuning."""
     ema_decay: float | None = None
     """Decay of an exponential moving average of the weights, which is then what is evaluated and exported."""
 
@@ -146,6 +148,7 @@ class OptimConfig:
             self.layer_decay is None or 0 < self.layer_decay <= 1,
             f"optim.layer_decay must lie in 0..1, not {self.layer_decay}",
         )
+        require(self.head_lr > 0, f"optim.head_lr must be above 0, not {self.head_lr}")
         require(
             self.ema_decay is None or 0 < self.ema_decay < 1, f"optim.ema_decay must lie in 0..1, not {self.ema_decay}"
         )

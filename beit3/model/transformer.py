@@ -255,6 +255,14 @@ class MultiwayTransformer(PretrainedModel):
             for part in parts:
                 part.requires_grad_(False)
 
+    def freeze_unread(self, modality: str) -> None:
+        """Freeze what shapes the last states of a modality alone: heads that read the other one give it no gradient."""
+        last = self.blocks[-1]
+        assert isinstance(last, MultiwayBlock)
+        for experts in (self.norm, last.attention_out, last.ffn):
+            for part in _present(experts, modality):
+                part.requires_grad_(False)
+
     def no_weight_decay(self) -> set[str]:
         """Names of matrices that weight decay leaves alone (vectors and biases always are)."""
         return {"vision_embedding.positions", "text_embedding.positions"}

@@ -173,27 +173,7 @@ class Contrastive(Task[PairBatch]):
     def forward(self, batch: PairBatch) -> dict[str, Tensor]:
         """Symmetric cross-entropy over the pairs of all ranks."""
         images, texts = self.model(_normalized(batch.packed))
-        captions = batch.captions
-        rank = 0
-        all_images, all_texts, all_captions = images, texts, captions
-        if dist.is_initialized():
-            rank = dist.get_rank()
-            all_images = torch.cat(dist_nn.all_gather(images))
-            all_texts = torch.cat(dist_nn.all_gather(texts))
-            gathered = [torch.empty_like(captions) for _ in range(dist.get_world_size())]
-            dist.all_gather(gathered, captions)
-            all_captions = torch.cat(gathered)
-        targets = torch.arange(len(images), device=images.device) + rank * len(images)
-        with torch.no_grad():
-            self.model.logit_scale.clamp_(max=_LARGEST_SCALE)
-        scale = self.model.logit_scale.exp()
-        same = captions[:, None] == all_captions[None]
-        same[torch.arange(len(images), device=images.device), targets] = False
-        by_image = (scale * images.float() @ all_texts.float().T).masked_fill(same, -torch.inf)  # (B, G)
-        by_text = (scale * texts.float() @ all_images.float().T).masked_fill(same, -torch.inf)
-        loss = (F.cross_entropy(by_image, targets) + F.cross_entropy(by_text, targets)) / 2
-        accuracy = (by_image.detach().argmax(1) == targets).float().mean()
-        return {"loss": loss, "batch_accuracy": accuracy, "logit_scale": scale}
+        return contrastive_loss(images, texts, batch.captions, self.model.logit_scale)
 
     def work(self, batch: PairBatch) -> Work:
         """Images, tokens and useful operations of a step."""
@@ -234,6 +214,44 @@ class Contrastive(Task[PairBatch]):
         return {f"image_to_text_{name}": value for name, value in to_text.items()} | {
             f"text_to_image_{name}": value for name, value in to_image.items()
         }
+
+
+def contrastive_loss(images: Tensor, texts: Tensor, labels: Tensor | None, logit_scale: Tensor) -> dict[str, Tensor]:
+    """Symmetric cross-entropy over the pairs of all ranks; gradients flow through the gathered vectors.
+
+    Args:
+        images: (B, D) unit length, equally many on every rank.
+        texts: (B, D) unit length, text i belongs to image i.
+        labels: (B,) int64; pairs of equal labels are no negatives of each other. None: all others are.
+        logit_scale: logarithm of the scale, clamped here to that of 100.
+
+    Returns:
+        `loss`, `batch_accuracy` (image to text) and `logit_scale`.
+    """
+    rank = 0
+    all_images, all_texts, all_labels = images, texts, labels
+    if dist.is_initialized():
+        rank = dist.get_rank()
+        all_images = torch.cat(dist_nn.all_gather(images))
+        all_texts = torch.cat(dist_nn.all_gather(texts))
+        if labels is not None:
+            gathered = [torch.empty_like(labels) for _ in range(dist.get_world_size())]
+            dist.all_gather(gathered, labels)
+            all_labels = torch.cat(gathered)
+    own = torch.arange(len(images), device=images.device)
+    targets = own + rank * len(images)
+    with torch.no_grad():
+        logit_scale.clamp_(max=_LARGEST_SCALE)
+    scale = logit_scale.exp()
+    by_image = scale * images.float() @ all_texts.float().T  # (B, G)
+    by_text = scale * texts.float() @ all_images.float().T
+    if labels is not None and all_labels is not None:
+        same = labels[:, None] == all_labels[None]
+        same[own, targets] = False
+        by_image, by_text = by_image.masked_fill(same, -torch.inf), by_text.masked_fill(same, -torch.inf)
+    loss = (F.cross_entropy(by_image, targets) + F.cross_entropy(by_text, targets)) / 2
+    accuracy = (by_image.detach().argmax(1) == targets).float().mean()
+    return {"loss": loss, "batch_accuracy": accuracy, "logit_scale": scale}
 
 
 def _normalized(packed: PackedBatch) -> PackedBatch:

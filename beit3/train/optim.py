@@ -55,7 +55,20 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
         )
     except (ValueError, KeyError, AssertionError) as error:
         raise ConfigError(f"optim.name '{config.name}' could not be built by timm: {error}") from error
+    if config.head_lr != 1:
+        _scale_heads(optimizer, model, config.head_lr)
     return optimizer
+
+
+def _scale_heads(optimizer: Optimizer, model: nn.Module, factor: float) -> None:
+    """Give `model.head` a learning rate of its own (beit3, `optim_factory.py`, task_head_lr_weight)."""
+    heads = {id(parameter) for name, parameter in model.named_parameters() if name.startswith("model.head.")}
+    for group in list(optimizer.param_groups):
+        own = [parameter for parameter in group["params"] if id(parameter) in heads]
+        if own:
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in heads]
+            optimizer.add_param_group({**group, "params": own, "lr_scale": factor * group.get("lr_scale", 1.0)})
+    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
 
 
 class Schedule:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from beit3.config import OptimConfig
 from beit3.errors import ConfigError
-from beit3.model.heads import PretrainingModel, RetrievalModel
+from beit3.model.heads import PretrainingModel, RetrievalModel, VQAModel
 from beit3.model.presets import ModelConfig
 from beit3.train.optim import Schedule, build_optimizer
 from beit3.train.task import Task, Work
@@ -170,3 +170,18 @@ def test_a_share_beyond_the_end_stays_at_the_last_rate() -> None:
     for share in (1.0, 1.7):
         schedule.set(share)
         assert optimizer.param_groups[0]["lr"] < 1e-5
+
+
+@pytest.mark.parametrize("layer_decay", [None, 0.5])
+@pytest.mark.parametrize("name", ["adamw", "nmuon"])
+def test_a_head_has_a_learning_rate_of_its_own(layer_decay: float | None, name: str) -> None:
+    """As released for VQA: what is named head, neither the pooler nor the backbone."""
+    plain = rates(Holder(VQAModel(CONFIG, num_answers=5)), OptimConfig(name=name, lr=0.8, layer_decay=layer_decay))
+    scaled = rates(
+        Holder(VQAModel(CONFIG, num_answers=5)), OptimConfig(name=name, lr=0.8, layer_decay=layer_decay, head_lr=20)
+    )
+    assert scaled.keys() == plain.keys()
+    for parameter, (lr, decay) in scaled.items():
+        factor = 20 if parameter.startswith("model.head.") else 1
+        assert (lr, decay) == (pytest.approx(factor * plain[parameter][0]), plain[parameter][1]), parameter
+    assert {parameter for parameter in scaled if parameter.startswith("model.head.")}
