@@ -183,5 +183,6 @@ def test_a_head_has_a_learning_rate_of_its_own(layer_decay: float | None, name: 
     assert scaled.keys() == plain.keys()
     for parameter, (lr, decay) in scaled.items():
         factor = 20 if parameter.startswith("model.head.") else 1
-        assert (lr, decay) == (pytest.approx(factor * plain[parameter][0]), plain[parameter][1]), parameter
+        assert lr == pytest.approx(factor * plain[parameter][0]), parameter
+        assert decay == plain[parameter][1], parameter
     assert {parameter for parameter in scaled if parameter.startswith("model.head.")}

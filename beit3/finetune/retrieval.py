@@ -1,0 +1,184 @@
+"""Image-text retrieval by a dual encoder (BEiT-3 on COCO and Flickr30k).
+
+Shapes: B pairs of this rank, D width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from beit3.config import config
+from beit3.data.index_files import Index, RetrievalRow, encode_text, read_index, read_picture
+from beit3.finetune.common import Predictions, TextBatch, TextFinetuneConfig, TextFinetuneTask, pad_texts
+from beit3.metrics.retrieval import feature_ranks, recall_of_ranks
+from beit3.model.heads import RetrievalModel
+from beit3.model.packing import Layout, PackedBatch, pack_texts
+from beit3.pretrain.contrastive import contrastive_loss
+from beit3.tokenizer.text import TextTokenizer
+
+
+@config
+class RetrievalConfig(TextFinetuneConfig):
+    """What counts as a negative."""
+
+    same_image_is_negative: bool = False
+    """Whether other captions of the same picture are negatives, as in the released code."""
+
+    def build(self) -> Retrieval:
+        """Build the Task, with random or given weights."""
+        return Retrieval(self)
+
+
+@dataclass(frozen=True, slots=True)
+class RetrievalBatch(TextBatch):
+    """Pictures and texts, encoded apart; in training text i belongs to picture i."""
+
+    image_ids: Tensor
+    """(pictures,) int64"""
+    texts_of: Tensor
+    """(texts,) int64, the picture that each text belongs to"""
+
+
+@dataclass(frozen=True, slots=True)
+class _Example:
+    image_id: int
+    image: Tensor | None
+    ids: list[int]
+    """Empty: a picture alone."""
+
+
+class _Pairs:
+    """Pictures with a text each, to train on."""
+
+    def __init__(
+        self,
+        index: Index[RetrievalRow],
+        view: Callable[[Image.Image], Tensor],
+        tokenizer: TextTokenizer,
+        max_length: int,
+    ) -> None:
+        self._index = index
+        self._view = view
+        self._tokenizer = tokenizer
+        self._max_length = max_length
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def load(self, index: int) -> _Example:
+        row = self._index[index]
+        return _Example(row.image_id, self._image(row), self._ids(row))
+
+    def _image(self, row: RetrievalRow) -> Tensor:
+        return self._view(read_picture(row.image_path))
+
+    def _ids(self, row: RetrievalRow) -> list[int]:
+        return encode_text(row.text, self._tokenizer, self._max_length)
+
+    def collate(self, examples: list[_Example]) -> RetrievalBatch:
+        pictures = [example for example in examples if example.image is not None]
+        texts = [example for example in examples if example.ids]
+        ids, mask = pad_texts([example.ids for example in texts])
+        images = [example.image for example in pictures if example.image is not None]
+        return RetrievalBatch(
+            torch.stack(images) if images else torch.empty(0),
+            ids,
+            mask,
+            torch.tensor([example.image_id for example in pictures], dtype=torch.int64),
+            torch.tensor([example.image_id for example in texts], dtype=torch.int64),
+        )
+
+
+class _Apart(_Pairs):
+    """Every picture once, then every text: each is encoded once, however many texts a picture has."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        first: dict[int, int] = {}
+        for number, row in enumerate(self._index):
+            first.setdefault(row.image_id, number)
+        self._first = list(first.values())
+
+    def __len__(self) -> int:
+        return len(self._first) + len(self._index)
+
+    def load(self, index: int) -> _Example:
+        if index < len(self._first):
+            row = self._index[self._first[index]]
+            return _Example(row.image_id, self._image(row), [])
+        row = self._index[index - len(self._first)]
+        return _Example(row.image_id, None, self._ids(row))
+
+
+class Retrieval(TextFinetuneTask[RetrievalConfig, RetrievalBatch]):
+    """Bring pictures and their texts together, in one space."""
+
+    kind = RetrievalModel
+
+    def __init__(self, config: RetrievalConfig, model: RetrievalModel | None = None) -> None:
+        super().__init__(config, model)
+        self.model.backbone.freeze_unreached(images=True, texts=True, pairs=False)
+
+    def examples(self, paths: Sequence[Path], *, training: bool) -> _Pairs:
+        """Pairs of index files to train on; pictures and texts apart for evaluation."""
+        index = read_index(paths, RetrievalRow)
+        kind, view = (_Pairs, self.training_view) if training else (_Apart, self.preprocess)
+        return kind(index, view, self.text_tokenizer, self.config.max_text_length)
+
+    def forward(self, batch: RetrievalBatch) -> dict[str, Tensor]:
+        """Symmetric cross-entropy over the pairs of all ranks."""
+        packed, order = self._pack(batch)
+        assert packed.images is not None
+        images, texts = self.model(dataclasses.replace(packed, images=packed.images[order]))
+        labels = None if self.config.same_image_is_negative else batch.image_ids[order]
+        return contrastive_loss(images, texts, labels, self.model.logit_scale)
+
+    def layout(self, batch: RetrievalBatch) -> Layout:
+        """Pictures and texts apart."""
+        return Layout.build(len(batch.images), 1 + self.config.model.num_patches, batch.lengths, 0)
+
+    def predict(self, batch: RetrievalBatch) -> Predictions:
+        """Vectors of pictures and of texts."""
+        packed, order = self._pack(batch)
+        empty = torch.empty(0, self.config.model.width, device=batch.text_ids.device)
+        images, texts = self.model(packed) if len(batch.images) and len(batch.texts_of) else (empty, empty)
+        if not len(batch.texts_of):
+            images = self.model.encode_image(packed.images)
+        elif not len(batch.images):
+            texts = self.model.encode_text(batch.text_ids, batch.text_mask)[order]
+        return [
+            {"image_id": number, "image": vector}
+            for number, vector in zip(batch.image_ids.tolist(), images.float().cpu(), strict=True)
+        ] + [
+            {"image_id": number, "text": vector}
+            for number, vector in zip(batch.texts_of[order].tolist(), texts.float().cpu(), strict=True)
+        ]
+
+    def measure(self, predictions: Predictions) -> dict[str, float]:
+        """Recall at 1, 5 and 10 both ways, among all pictures and texts."""
+        images, owners = _column(predictions, "image")
+        texts, texts_of = _column(predictions, "text")
+        to_text = recall_of_ranks(feature_ranks(images, owners, texts, texts_of))
+        to_image = recall_of_ranks(feature_ranks(texts, texts_of, images, owners))
+        metrics = {f"image_to_text_{name}": value for name, value in to_text.items()}
+        return metrics | {f"text_to_image_{name}": value for name, value in to_image.items()}
+
+    def _pack(self, batch: RetrievalBatch) -> tuple[PackedBatch, Tensor]:
+        """Pictures and texts as separate sequences, texts shortest first, and the order of the texts."""
+        ids, positions, lengths, order = pack_texts(batch.text_ids, batch.text_mask)
+        images = self.pixels(batch) if len(batch.images) else None
+        return PackedBatch(images=images, text_ids=ids, text_positions=positions, text_lengths=lengths), order
+
+
+def _column(predictions: Predictions, name: str) -> tuple[Tensor, Tensor]:
+    """Vectors of one kind, and the picture that each belongs to."""
+    rows = [row for row in predictions if name in row]
+    return torch.stack([row[name] for row in rows]), torch.tensor([row["image_id"] for row in rows])

@@ -1,0 +1,139 @@
+"""Visual question answering as classification over frequent answers (BEiT-3 on VQAv2).
+
+Shapes: B questions, A answers.
+
+    loss = A * mean BCE(logits, soft targets)        (sum over answers, mean over questions)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from beit3.config import config
+from beit3.data.index_files import Index, VQARow, VQATrainingRow, encode_text, read_index, read_picture
+from beit3.data.labels import read_labels
+from beit3.finetune.common import Predictions, TextBatch, TextFinetuneConfig, TextFinetuneTask, pad_texts
+from beit3.metrics.vqa_accuracy import consensus_accuracy
+from beit3.model.heads import VQAModel
+from beit3.tokenizer.text import TextTokenizer
+
+
+@config
+class VQAConfig(TextFinetuneConfig):
+    """Answers."""
+
+    labels: Path
+    """`labels.json` (or the released `answer2label.txt`) with the answers, in the order of the index files' labels."""
+
+    def build(self) -> VQA:
+        """Build the Task, with random or given weights."""
+        return VQA(self)
+
+
+@dataclass(frozen=True, slots=True)
+class VQABatch(TextBatch):
+    """Questions about pictures."""
+
+    targets: Tensor
+    """(B, A) float32 soft scores"""
+    rows: tuple[VQARow, ...]
+    """What the index says of each question."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Example:
+    image: Tensor
+    ids: list[int]
+    row: VQARow
+
+
+class _Examples:
+    def __init__(
+        self,
+        index: Index[VQARow],
+        view: Callable[[Image.Image], Tensor],
+        tokenizer: TextTokenizer,
+        max_length: int,
+        num_answers: int,
+    ) -> None:
+        self._index = index
+        self._view = view
+        self._tokenizer = tokenizer
+        self._max_length = max_length
+        self._num_answers = num_answers
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def load(self, index: int) -> _Example:
+        row = self._index[index]
+        ids = encode_text(row.text, self._tokenizer, self._max_length)
+        return _Example(self._view(read_picture(row.image_path)), ids, row)
+
+    def collate(self, examples: list[_Example]) -> VQABatch:
+        ids, mask = pad_texts([example.ids for example in examples])
+        targets = torch.zeros(len(examples), self._num_answers)
+        for target, example in zip(targets, examples, strict=True):
+            target[list(example.row.labels)] = torch.tensor(example.row.scores)
+        images = torch.stack([example.image for example in examples])
+        return VQABatch(images, ids, mask, targets, tuple(example.row for example in examples))
+
+
+class VQA(TextFinetuneTask[VQAConfig, VQABatch]):
+    """Answer questions about pictures."""
+
+    kind = VQAModel
+
+    def __init__(self, config: VQAConfig, model: VQAModel | None = None) -> None:
+        answers = read_labels(config.labels)
+        super().__init__(config, model, answers, num_answers=len(answers))
+        self.answers = answers
+        self.model.backbone.freeze_unreached(images=False, texts=False, pairs=True)
+        self.model.backbone.freeze_unread("text")
+
+    def examples(self, paths: Sequence[Path], *, training: bool) -> _Examples:
+        """Questions of index files; those for training need an answer of the vocabulary."""
+        kind = VQATrainingRow if training else VQARow
+        index: Index[VQARow] = read_index(paths, kind, num_labels=len(self.answers))
+        view = self.training_view if training else self.preprocess
+        return _Examples(index, view, self.text_tokenizer, self.config.max_text_length, len(self.answers))
+
+    def forward(self, batch: VQABatch) -> dict[str, Tensor]:
+        """Binary cross-entropy of every answer."""
+        logits = self.model(self.pixels(batch), batch.text_ids, batch.text_mask).float()
+        loss = F.binary_cross_entropy_with_logits(logits, batch.targets) * batch.targets.shape[1]
+        score = batch.targets.gather(1, logits.argmax(1, keepdim=True)).mean()
+        return {"loss": loss, "score": score}
+
+    def predict(self, batch: VQABatch) -> Predictions:
+        """The likeliest answer, the soft score it gets, and what people said."""
+        best = self.model(self.pixels(batch), batch.text_ids, batch.text_mask).float().argmax(1)
+        scores = batch.targets.gather(1, best[:, None])[:, 0]
+        return [
+            {
+                "question_id": row.qid,
+                "answer": self.answers[number],
+                "score": score,
+                "answers": list(row.answers),
+                "known": bool(row.labels),
+            }
+            for row, number, score in zip(batch.rows, best.tolist(), scores.tolist(), strict=True)
+        ]
+
+    def measure(self, predictions: Predictions) -> dict[str, float]:
+        """Mean soft score; and the consensus accuracy where the index holds what people answered."""
+        metrics: dict[str, float] = {}
+        if any(row["known"] for row in predictions):
+            metrics["score"] = fmean(row["score"] for row in predictions)
+        judged = [row for row in predictions if row["answers"]]
+        if judged:
+            metrics["accuracy"] = fmean(consensus_accuracy(row["answer"], row["answers"]) for row in judged)
+        return metrics
