@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import os
 import re
 import sys
 import traceback
@@ -17,7 +18,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
-from beit3.config import Run, nearest, require
+from beit3.config import Run, nearest
 from beit3.errors import BeitError, ConfigError
 
 Arguments = Sequence[str]
@@ -30,28 +31,42 @@ def main() -> None:
 
 
 def run_command(arguments: Arguments) -> int:
-    """Run a verb and return the exit code; errors of the package become one line on stderr."""
+    """Run a verb and return the exit code; errors of the package and of the system become one line on stderr."""
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(_help())
-        return 0
-    verb, rest = arguments[0], arguments[1:]
     try:
-        if verb not in VERBS:
-            raise ConfigError(f"unknown command '{verb}'; {nearest(verb, VERBS)}")
-        VERBS[verb](rest)
-    except BeitError as error:
+        _run_verb(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output has seen enough
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (BeitError, OSError) as error:
         if debug:
             traceback.print_exc()
-        print(f"beit3: {error}", file=sys.stderr)
-        return error.exit_code
+        print(f"beit3: {error if isinstance(error, BeitError) else _name_reason(error)}", file=sys.stderr)
+        return error.exit_code if isinstance(error, BeitError) else 1
     except KeyboardInterrupt:
         print("beit3: interrupted", file=sys.stderr)
         return 130
     except SystemExit:  # help was printed
         return 0
     return 0
+
+
+def _run_verb(arguments: Arguments) -> None:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_help())
+        return
+    if arguments[0] not in VERBS:
+        raise ConfigError(f"unknown command '{arguments[0]}'; {nearest(arguments[0], VERBS)}")
+    VERBS[arguments[0]](arguments[1:])
+
+
+def _name_reason(error: OSError) -> str:
+    """What the system refused, in one line."""
+    place = "" if error.filename is None else f"{error.filename}: "
+    return " ".join(f"{place}{error.strerror or error or type(error).__name__}".split())
 
 
 def _train(arguments: Arguments) -> None:
@@ -77,7 +92,26 @@ def _train(arguments: Arguments) -> None:
 
 
 def _prepare(arguments: Arguments) -> None:
-    """Make and index shards: beit3 prepare pairs|images|text SOURCE ... --out FOLDER."""
+    """Make shards of a corpus, or indexes of a finetuning set: beit3 prepare KIND SOURCE ... [--out FOLDER]."""
+    from beit3.data.finetuning import FINETUNING_SETS
+
+    corpora = ("pairs", "images", "text", "emoji")
+    kind = arguments[0] if arguments else ""
+    if not kind or kind.startswith("-") or kind in corpora:
+        _prepare_corpus(arguments)
+        return
+    if kind not in FINETUNING_SETS:
+        raise ConfigError(f"beit3 prepare knows no '{kind}'; {nearest(kind, (*corpora, *FINETUNING_SETS))}")
+
+    @functools.wraps(FINETUNING_SETS[kind])
+    def prepare(*args: Any, **named: Any) -> None:
+        print("\n".join(FINETUNING_SETS[kind](*args, **named).lines()))
+
+    _call(prepare, arguments[1:], f"beit3 prepare {kind}")
+
+
+def _prepare_corpus(arguments: Arguments) -> None:
+    """Make and index the shards of a corpus."""
     from beit3.data.emoji import write_emoji
     from beit3.data.prepare import prepare_images, prepare_pairs, prepare_text
 
@@ -92,6 +126,10 @@ def _prepare(arguments: Arguments) -> None:
         overwrite: bool = False,
     ) -> None:
         """Make and index shards; say what was left out and why.
+
+        Finetuning sets: beit3 prepare SET ROOT writes index files from the files as published, where SET is
+        coco-captions, coco-retrieval, flickr30k, vqav2, nlvr2, nocaps, imagenet or image-folder; beit3 prepare SET
+        --help says more. Nothing is downloaded. Indexes of the released code (*.jsonl) need no preparation.
 
         Args:
             kind: what the samples are; `emoji` writes the embedded corpus and takes no sources.
@@ -165,94 +203,37 @@ def _quickstart(arguments: Arguments) -> None:
 
 def _embed(arguments: Arguments) -> None:
     """Embed a folder of pictures for searching: beit3 embed FOLDER --model SOURCE --out INDEX [--update]."""
-    from beit3.search.embed import embed_folder
-
-    def embed(
-        folder: tyro.conf.Positional[Path],
-        *,
-        model: str,
-        out: Path,
-        update: bool = False,
-        device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
-    ) -> None:
-        """Embed all pictures below a folder and write an index; if interrupted, the same command goes on.
-
-        Args:
-            folder: of pictures, with sub-folders.
-            model: exchange folder, hf-hub:organisation/name, or released .pth file.
-            out: folder of the index.
-            update: embed only what is new or changed since the index was made, and drop what is gone.
-            device: where the model runs.
-        """
-        try:
-            report = embed_folder(folder, model, out, update=update, device=device)
-        except KeyboardInterrupt:
-            print("what is embedded is kept: the same command goes on from there", file=sys.stderr)
-            raise
-        print("\n".join(report.lines(out)))
+    from beit3.search.commands import embed
 
     _call(embed, arguments, "beit3 embed")
 
 
 def _search(arguments: Arguments) -> None:
     """Find pictures by sentences and by pictures: beit3 search INDEX QUERY ... [--sheet FILE]."""
-    from beit3.model.heads import RetrievalModel
-    from beit3.predict import load
-    from beit3.search.contact_sheet import check_sheet, contact_sheet, save_sheet
-    from beit3.search.index import Index, embed_queries, names_picture
-    from beit3.search.pictures import printable
-
-    def search(
-        index: tyro.conf.Positional[Path],
-        queries: tyro.conf.Positional[tuple[str, ...]],
-        *,
-        top: int = 10,
-        model: str | None = None,
-        sheet: Path | None = None,
-    ) -> None:
-        """Print the pictures nearest to each query, with scores (cosines), best first.
-
-        Args:
-            index: folder written by `beit3 embed`.
-            queries: sentences, or paths of pictures.
-            top: pictures of each query.
-            model: as for beit3 embed; needed only if the one the index was made with has moved.
-            sheet: picture file (.png, .jpg, .webp) to draw the hits on.
-        """
-        require(bool(queries), "beit3 search needs a sentence or the path of a picture: beit3 search INDEX QUERY ...")
-        held = Index.load(index)
-        if sheet is not None:
-            check_sheet(sheet, queries, held)
-        predictor = load(model or held.settings.model)
-        if not held.made_with(predictor):
-            changed = f"{held.settings.model} has changed since {index} was made"
-            require(model is not None, f"{changed}: embed the folder again, or name the old model with --model")
-            print(f"note: {model} is not the model {index} was made with", file=sys.stderr)
-        if not isinstance(predictor.model, RetrievalModel) and not all(map(names_picture, queries)):
-            print("note: this model was not tuned for retrieval: sentences find little", file=sys.stderr)
-        found = held.search(embed_queries(predictor, queries), top)
-        for number, (query, hits) in enumerate(zip(queries, found, strict=True)):
-            if len(queries) > 1:
-                print("\n" * (number > 0) + printable(query))
-            print("\n".join(f"{hit.score:.3f}  {printable(_from_here(hit.path))}" for hit in hits))
-        if sheet is not None:
-            save_sheet(contact_sheet(queries, found), sheet)
+    from beit3.search.commands import search
 
     _call(search, arguments, "beit3 search")
 
 
 def _caption(arguments: Arguments) -> None:
     """Describe pictures: beit3 caption PICTURE|FOLDER ... --model SOURCE [--out FILE.jsonl]."""
-    from beit3.asking import caption
+    from beit3.search.asking import caption
 
     _call(caption, arguments, "beit3 caption")
 
 
 def _answer(arguments: Arguments) -> None:
     """Answer a question about pictures: beit3 answer PICTURE|FOLDER ... --question TEXT --model SOURCE."""
-    from beit3.asking import answer
+    from beit3.search.asking import answer
 
     _call(answer, arguments, "beit3 answer")
+
+
+def _evaluate(arguments: Arguments) -> None:
+    """Measure a checkpoint: beit3 evaluate CHECKPOINT --data INDEX.jsonl [--task TASK] [--out FOLDER]."""
+    from beit3.evaluate import evaluate
+
+    _call(evaluate, arguments, "beit3 evaluate")
 
 
 def _call(function: Callable[..., None], arguments: Arguments, prog: str) -> None:
@@ -300,12 +281,6 @@ def _condense(complaint: str, prog: str) -> str:
     return re.sub(r"^.*?Error parsing ", "", text) + f"; see {prog} --help"
 
 
-def _from_here(path: Path) -> Path:
-    """A path below the current folder without what leads there."""
-    here = Path.cwd()
-    return path.relative_to(here) if path.is_relative_to(here) else path
-
-
 def _field(item: str) -> tuple[str, str]:
     name, sign, value = item.partition("=")
     if not sign:
@@ -316,6 +291,7 @@ def _field(item: str) -> tuple[str, str]:
 VERBS: dict[str, Callable[[Arguments], None]] = {
     "quickstart": _quickstart,
     "train": _train,
+    "evaluate": _evaluate,
     "prepare": _prepare,
     "tokenize": _tokenize,
     "convert": _convert,

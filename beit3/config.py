@@ -10,10 +10,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar, dataclass_transform
+from typing import Any, Literal, TypeVar, dataclass_transform, get_args, get_origin, get_type_hints
 
 from beit3.errors import ConfigError
 
@@ -82,6 +83,46 @@ def require(condition: bool, message: str) -> None:
     """Raise `ConfigError(message)` unless the condition holds; for `__post_init__`."""
     if not condition:
         raise ConfigError(message)
+
+
+_KINDS = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text"}
+_LARGEST = 2**63
+
+
+def check_types(value: Any, where: str) -> None:
+    """Refuse fields of another type than declared; for `__post_init__` of values that files describe.
+
+    Knows int (no bool), float (an int will do), bool, str, `Literal`, and tuples of them with a fixed length.
+
+    Args:
+        value: configuration value.
+        where: its name in messages.
+    """
+    kinds = get_type_hints(type(value))
+    for field in dataclasses.fields(value):
+        given, kind = getattr(value, field.name), kinds[field.name]
+        require(_is_of(given, kind), f"{where}.{field.name} must be {_described(kind)}, not {given!r:.60}")
+
+
+def _is_of(value: object, kind: Any) -> bool:
+    if get_origin(kind) is Literal:
+        return isinstance(value, str) and value in get_args(kind)
+    if get_origin(kind) is tuple:
+        parts = get_args(kind)
+        return isinstance(value, tuple) and len(value) == len(parts) and all(map(_is_of, value, parts))
+    if kind is float and isinstance(value, float):
+        return math.isfinite(value)
+    if kind in (int, float):
+        return isinstance(value, int) and not isinstance(value, bool) and abs(value) < _LARGEST
+    return isinstance(value, kind)
+
+
+def _described(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return " or ".join(f"'{name}'" for name in get_args(kind))
+    if get_origin(kind) is tuple:
+        return f"{len(get_args(kind))} values, each {_KINDS[get_args(kind)[0]]}"
+    return _KINDS[kind]
 
 
 def to_plain(value: Any) -> Any:

@@ -9,11 +9,11 @@ import torch
 from tyro.conf import Positional
 
 from beit3.config import require
+from beit3.data.source import Source, find_source
 from beit3.errors import ConfigError
 from beit3.model import official as official_model
-from beit3.model.exchange import CONFIG_FILE, Part, read_settings
-from beit3.model.hub import local_path
 from beit3.model.presets import ModelConfig
+from beit3.model.pretrained import Part
 from beit3.model.released_files import read_official
 from beit3.model.store import load_model
 from beit3.predict import load
@@ -53,36 +53,33 @@ def convert(
         DataMissingError: the source does not exist.
         ConfigError: `out` exists, or the source is damaged or has no form in the other layout.
     """
-    if out.exists():
+    if os.path.lexists(out):
         raise ConfigError(f"{out} exists: choose another place")
-    place = local_path(source)
-    if (place / CONFIG_FILE).is_file() and out.suffix == ".pth":
+    found = find_source(source)
+    if out.suffix == ".pth":
+        require(found.is_folder, f"{source} is of the released layout already: name a new folder, not {out}")
         options = (image_size, parts, tokenizer, labels, licence, hugging_face or None)
         require(
             not any(option is not None for option in options),
             "the released layout holds tensors alone: leave the options out",
         )
-        return _to_file(place, out)
-    if _is_visual_tokenizer(place):
-        visual = load_visual_tokenizer(place)
+        return _to_file(found, out)
+    if found.is_visual_tokenizer or (not found.is_folder and is_visual_tokenizer(read_official(found.path))):
+        visual = load_visual_tokenizer(found.path)
         visual.save(out)
         return f"{out}: visual tokenizer with {visual.config.codebook_size:,} codes"
-    whole = load(place, "cpu", image_size=image_size, parts=parts, tokenizer=tokenizer, labels=labels)
+    whole = load(found.path, "cpu", image_size=image_size, parts=parts, tokenizer=tokenizer, labels=labels)
+    text = whole.tokenizer if hugging_face else None  # before anything is written: there may be none
     whole.save_pretrained(out, licence=licence)
-    if hugging_face:
-        save_fast(whole.tokenizer, out)
+    if text is not None:
+        save_fast(text, out)
     model = whole.model
     return f"{out}: {model.task or 'backbone'}, {model.model_config.num_layers} layers of {model.model_config.width}"
 
 
-def _is_visual_tokenizer(place: Path) -> bool:
-    if (place / CONFIG_FILE).is_file():
-        return read_settings(place).get("kind") == "vqkd"
-    return is_visual_tokenizer(read_official(place))
-
-
-def _to_file(source: Path, out: Path) -> str:
-    if read_settings(source).get("kind") == "vqkd":
+def _to_file(found: Source, out: Path) -> str:
+    source = found.path
+    if found.is_visual_tokenizer:
         tokenizer = VQKD.load(source)
         state = official_tokenizer.to_official(tokenizer.state_dict())
         _check_inferable(tokenizer.config, official_tokenizer.to_ours(state)[0], source)
@@ -95,8 +92,11 @@ def _to_file(source: Path, out: Path) -> str:
         _check_inferable(model.model_config, official_model.to_ours(state).config, source)
     out.parent.mkdir(parents=True, exist_ok=True)
     beside = out.with_name(f"{out.name}.tmp-{os.getpid()}")
-    torch.save({"model": state}, beside)
-    os.replace(beside, out)
+    try:
+        torch.save({"model": state}, beside)
+        os.replace(beside, out)
+    finally:
+        beside.unlink(missing_ok=True)
     return f"{out}: {len(state)} tensors in the released layout"
 
 

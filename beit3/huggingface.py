@@ -17,7 +17,7 @@ import inspect
 import os
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,21 +30,27 @@ from transformers.utils.generic import ModelOutput
 
 from beit3.config import require
 from beit3.data.images import ImageInput, open_image
-from beit3.data.preprocess import Preprocess
-from beit3.data.texts import clean_text
-from beit3.model.exchange import CARD_FILE, model_settings, parse_model_config
-from beit3.model.heads import AnyModel, PretrainingModel, RetrievalModel, build_model
+from beit3.data.preprocess import Preprocess, prepare_text
+from beit3.data.source import TOKENIZER_FILE
+from beit3.model.exchange import CARD_FILE, is_exchange, is_weights, read_settings
+from beit3.model.heads import AnyModel, PretrainingModel, RetrievalModel, build_model, first_text_states
 from beit3.model.hub import PREFIX, local_path
+from beit3.model.pretrained import model_settings, parse_model_settings
 from beit3.model.store import load_model
 from beit3.model.transformer import MultiwayTransformer
 from beit3.tokenizer.text import TextTokenizer
 
-_TOKENIZER_FILE = "tokenizer.spm"
-_LOADING = {"adapter_kwargs", "cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder"}
-_LOADING |= {"token", "trust_remote_code"}
-"""Options that the `Auto` classes add by themselves."""
-_PREPARING: dict[str, tuple[object, ...]] = {"return_tensors": ("pt",), "padding": (True, "longest")}
-_PREPARING["truncation"] = (True, "longest_first")
+_DOWNLOADING = ("cache_dir", "force_download", "local_files_only", "token")
+"""Options of loading that the Hub library is given."""
+_EMPTY = ("adapter_kwargs", "code_revision", "proxies", "subfolder")
+"""Options that the `Auto` classes may add; there is nothing here that they could ask for."""
+_IGNORED = ("revision", "trust_remote_code", "_from_auto")
+"""Options that change nothing for a folder: `revision` is part of the source, and no code is run."""
+_PREPARING: dict[str, tuple[object, ...]] = {
+    "return_tensors": ("pt",),
+    "padding": (True, "longest"),
+    "truncation": (True, "longest_first"),
+}
 """Usual options of processors, with the values that ask for what is done anyway."""
 
 
@@ -84,8 +90,9 @@ class Beit3Model(PreTrainedModel):  # type: ignore[no-untyped-call]
     def __init__(self, config: Beit3Config, model: AnyModel | None = None) -> None:
         super().__init__(config)
         if model is None:
-            shape = parse_model_config({"kind": "model", "model": config.model}, Path(config.name_or_path or "config"))
-            model = build_model(shape, config.task, **config.heads)
+            settings = {"kind": "model", "model": config.model, "task": config.task, "heads": config.heads}
+            shape, task, heads, _ = parse_model_settings(settings, Path(config.name_or_path or "config"))
+            model = build_model(shape, task, **heads)
         self.model = model
         self.post_init()  # type: ignore[no-untyped-call]
 
@@ -101,11 +108,11 @@ class Beit3Model(PreTrainedModel):  # type: ignore[no-untyped-call]
         Args:
             pretrained_model_name_or_path: source of `beit3.load_model`, or a repository of the Hub.
             config: its task is loaded.
-            **options: `dtype`, `revision`, and the options of `beit3.load_model`, whose errors are raised.
+            **options: `dtype`, the options of `beit3.load_model`, whose errors are raised, and for the Hub `revision`,
+                `token`, `cache_dir`, `local_files_only`, `force_download`.
         """
-        source = _local(pretrained_model_name_or_path, options.get("revision"))
+        source, options = _local(pretrained_model_name_or_path, options)
         dtype = options.pop("dtype", None)
-        options = {name: value for name, value in options.items() if name not in _LOADING}
         if config is not None and config.task is not None:
             options.setdefault("task", config.task)
         unknown = sorted(options.keys() - inspect.signature(load_model).parameters.keys())
@@ -128,8 +135,9 @@ class Beit3Model(PreTrainedModel):  # type: ignore[no-untyped-call]
         with tempfile.TemporaryDirectory(dir=folder) as place:
             made = Path(place) / folder.resolve().name
             self.model.save_pretrained(made, max_shard_size=options.get("max_shard_size", "5GB"))
-            for old in folder.glob("model*.safetensors*"):  # an index of other shards would lead astray
-                old.unlink()
+            for old in folder.iterdir():
+                if is_weights(old.name):  # an index of other shards would lead astray
+                    old.unlink()
             for file in made.iterdir():
                 if file.name != CARD_FILE or not (folder / CARD_FILE).exists():
                     os.replace(file, folder / file.name)
@@ -140,7 +148,8 @@ class Beit3Model(PreTrainedModel):  # type: ignore[no-untyped-call]
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         bool_masked_pos: Tensor | None = None,
-    ) -> Beit3Output:
+        return_dict: bool | None = None,
+    ) -> Beit3Output | tuple[Tensor, ...]:
         """Run the model on images, texts, or pairs of both.
 
         Args:
@@ -148,11 +157,18 @@ class Beit3Model(PreTrainedModel):  # type: ignore[no-untyped-call]
             input_ids: (B, T) int.
             attention_mask: (B, T) int or bool, 1 = real token.
             bool_masked_pos: (B, N) bool, True = masked patch; backbones and pretraining models.
+            return_dict: False returns what there is as a tuple.
 
         Raises:
             ConfigError: the model's task needs other inputs.
         """
         mask = None if attention_mask is None else attention_mask.bool()
+        out = self._run(pixel_values, input_ids, mask, bool_masked_pos)
+        return out.to_tuple() if return_dict is False else out
+
+    def _run(
+        self, pixel_values: Tensor | None, input_ids: Tensor | None, mask: Tensor | None, bool_masked_pos: Tensor | None
+    ) -> Beit3Output:
         model = self.model
         if isinstance(model, (MultiwayTransformer, PretrainingModel)):
             out = model(pixel_values, input_ids, mask, bool_masked_pos)
@@ -184,7 +200,7 @@ class Beit3Model(PreTrainedModel):  # type: ignore[no-untyped-call]
         if isinstance(model, RetrievalModel):
             return model.encode_text(input_ids, mask)
         out = (model if isinstance(model, MultiwayTransformer) else model.backbone)(text_ids=input_ids, text_mask=mask)
-        return F.normalize(out.text[:, 0], dim=-1)
+        return F.normalize(first_text_states(out.text, mask), dim=-1)
 
 
 class Beit3Processor:
@@ -196,15 +212,20 @@ class Beit3Processor:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **options: Any) -> Beit3Processor:
-        """Read `preprocess.json` and `tokenizer.spm`; a `DataMissingError` names the one that does not exist."""
-        place = _local(folder, options.get("revision"))
-        preprocess = Preprocess.read(place)
-        return cls(preprocess, TextTokenizer.load(place / _TOKENIZER_FILE) if preprocess.max_text_length else None)
+        """Read `preprocess.json` and `tokenizer.spm`; a `DataMissingError` names the one that does not exist.
+
+        Options are those of the Hub, as for a model. An image tower alone needs no tokenizer.
+        """
+        place, options = _local(folder, options)
+        require(not options, f"{', '.join(sorted(options))}: not an option of a processor")
+        preprocess, path = Preprocess.read(place), place / TOKENIZER_FILE
+        reads_text = preprocess.max_text_length > 0 and (path.is_file() or not _is_image_tower(place))
+        return cls(preprocess, TextTokenizer.load(path) if reads_text else None)
 
     def save_pretrained(self, folder: str | Path, **_: Any) -> None:
         """Write `preprocess.json` and `tokenizer.spm`; what else is in the folder stays."""
         Path(folder).mkdir(parents=True, exist_ok=True)
-        files = {} if self.tokenizer is None else {_TOKENIZER_FILE: self.tokenizer.model}
+        files = {} if self.tokenizer is None else {TOKENIZER_FILE: self.tokenizer.model}
         for name, content in {**self.preprocess.file(), **files}.items():
             (Path(folder) / name).write_bytes(content)
 
@@ -234,21 +255,33 @@ class Beit3Processor:
         if images is not None:
             pictures: Any = images if isinstance(images, (list, tuple)) else [images]
             views = [self.preprocess(open_image(picture)) for picture in pictures]
-            batch["pixel_values"] = self.preprocess.normalize(torch.stack(views))
+            none = torch.empty(0, 3, *self.preprocess.image_size)
+            batch["pixel_values"] = self.preprocess.normalize(torch.stack(views)) if views else none
         if text is not None:
             require(self.tokenizer is not None, "this model was trained on images alone: it reads no text")
             assert self.tokenizer is not None
-            texts = [clean_text(one) if one.strip() else "" for one in ([text] if isinstance(text, str) else text)]
+            texts = [prepare_text(one) for one in ([text] if isinstance(text, str) else text)]
             ids, mask = self.tokenizer.encode_batch(texts, self.preprocess.max_text_length)
             batch |= {"input_ids": ids, "attention_mask": mask.long()}
         return BatchFeature(batch)
 
 
-def _local(source: str | Path, revision: str | None) -> Path:
-    """Where a source lies; what is no path here but looks like a repository is fetched from the Hub."""
+def _local(source: str | Path, options: Mapping[str, Any]) -> tuple[Path, dict[str, Any]]:
+    """Where a source lies, and the options that do not say where.
+
+    What is no path here but looks like a repository is fetched from the Hub.
+    """
+    asked = sorted(name for name in _EMPTY if options.get(name))
+    require(not asked, f"{', '.join(asked)}: not an option here; give the folder or the repository itself")
+    rest = {name: value for name, value in options.items() if name not in (*_EMPTY, *_DOWNLOADING, *_IGNORED)}
     if not Path(source).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+        revision = options.get("revision")
         source = f"{PREFIX}{source}" + (f"@{revision}" if revision else "")
-    return local_path(source)
+    return local_path(source, **{name: options[name] for name in _DOWNLOADING if name in options}), rest
+
+
+def _is_image_tower(folder: Path) -> bool:
+    return is_exchange(folder) and read_settings(folder).get("part") == "vision"
 
 
 AutoConfig.register("beit3", Beit3Config, exist_ok=True)

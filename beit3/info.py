@@ -10,14 +10,14 @@ from tyro.conf import Positional
 from beit3.config import require
 from beit3.data.shard_writer import PrepareReport
 from beit3.data.shards import REPORT_FILE
+from beit3.data.source import TOKENIZER_FILE, find_source
 from beit3.data.visual_codes import SETTINGS_FILE, CodeTable
 from beit3.errors import ConfigError, DataMissingError
-from beit3.model.exchange import CONFIG_FILE, read_settings
+from beit3.model.exchange import CONFIG_FILE, read_tensors
 from beit3.model.heads import AnyModel
-from beit3.model.hub import local_path
 from beit3.model.released_files import read_official
-from beit3.model_info import load_described
-from beit3.pretrain.text_tokenizer import TOKENIZER_FILE
+from beit3.model.store import load_model
+from beit3.model_info import describe_model, describe_tensors
 from beit3.tokenizer.official import is_visual_tokenizer, load_visual_tokenizer
 from beit3.tokenizer.teachers import KINDS, TeacherConfig, read_teacher
 from beit3.tokenizer.text import TextTokenizer
@@ -25,7 +25,8 @@ from beit3.tokenizer.vqkd import VQKD
 from beit3.tokenizer_page import load_pictures, write_tokenizer_page
 from beit3.train.loop import EXPORT, RUN_FILE
 
-Held = VQKD | AnyModel | TextTokenizer | CodeTable | PrepareReport
+Held = VQKD | AnyModel | TextTokenizer | CodeTable | PrepareReport | ConfigError
+"""What a source holds; a `ConfigError` says why weights are none of these."""
 
 
 def info(
@@ -53,6 +54,8 @@ def info(
     require(number >= 1, f"--number must be at least 1, not {number}")
     place, held, lines = open_source(source)
     print("\n".join(lines))
+    if isinstance(held, ConfigError):
+        raise held
     if page is None or images is None:
         return
     if not isinstance(held, VQKD):
@@ -74,9 +77,7 @@ def open_source(source: Path) -> tuple[Path, Held, list[str]]:
         DataMissingError: the source does not exist, or is a run that has not finished.
         ConfigError: it is none of the known kinds, or damaged.
     """
-    source = local_path(source)
-    if not source.exists():
-        raise DataMissingError(f"{source} does not exist")
+    source = find_source(source).path
     if (source / RUN_FILE).is_file() or (source / EXPORT).is_dir():
         if not (source / EXPORT).is_dir():
             raise DataMissingError(f"{source} is a run that has not finished: call `beit3 train` with --resume first")
@@ -92,17 +93,25 @@ def open_source(source: Path) -> tuple[Path, Held, list[str]]:
     if source.suffix == ".spm":
         text = TextTokenizer.load(source)
         return source, text, [f"{source}: text tokenizer", f"  ids         {len(text):,}, <mask> is {text.mask_id}"]
-    if (source / CONFIG_FILE).is_file():
-        visual = read_settings(source).get("kind") == "vqkd"
-    elif source.is_file() or (source / "latest").is_file() or any(source.glob("mp_rank_*")):  # DeepSpeed's folders
-        visual = is_visual_tokenizer(read_official(source))
-    else:
+    deepspeed = (source / "latest").is_file() or any(source.glob("mp_rank_*"))
+    if not (source / CONFIG_FILE).is_file() and not source.is_file() and not deepspeed:
         raise ConfigError(f"{source} holds no model, tokenizer, prepared data or codes")
-    if not visual:
-        return source, *load_described(source)
-    tokenizer = load_visual_tokenizer(source)
-    teacher = read_teacher(source) if source.is_dir() else None
-    return source, tokenizer, _describe_tokenizer(source, tokenizer, teacher)
+    return source, *_open_weights(source)
+
+
+def _open_weights(place: Path) -> tuple[Held, list[str]]:
+    """Load a visual tokenizer or a model; of what is neither, the tensors are described."""
+    source = find_source(place)
+    tensors = read_tensors(place) if source.is_folder else read_official(place)
+    if source.is_visual_tokenizer or (not source.is_folder and is_visual_tokenizer(tensors)):
+        tokenizer = load_visual_tokenizer(place)
+        teacher = read_teacher(place) if source.is_folder else None
+        return tokenizer, _describe_tokenizer(place, tokenizer, teacher)
+    try:
+        model = load_model(place)
+    except ConfigError as error:
+        return error, [f"{place}: no model", describe_tensors(tensors)]
+    return model, [*describe_model(source, model), describe_tensors(tensors)]
 
 
 def _read_report(path: Path) -> PrepareReport:

@@ -4,80 +4,73 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
 
 from torch import Tensor
 
-from beit3.data import labels as label_files
-from beit3.data.preprocess import FILE as PREPROCESS_FILE
 from beit3.data.preprocess import Preprocess
-from beit3.errors import ConfigError
-from beit3.model.exchange import CONFIG_FILE, read_tensors
+from beit3.data.source import RELEASED_TOKENIZER, TOKENIZER_FILE, Source
+from beit3.errors import BeitError
 from beit3.model.heads import AnyModel
-from beit3.model.released_files import read_official
-from beit3.model.store import load_model
-from beit3.predict import RELEASED_TOKENIZER, TOKENIZER_FILE
-from beit3.tokenizer.text import TextTokenizer
 
 
-def load_described(source: Path) -> tuple[AnyModel, list[str]]:
-    """Load a model and describe it; one that cannot be loaded is described by its tensors, then refused.
-
-    Raises:
-        ConfigError: what is wrong with the source.
-    """
-    tensors = read_tensors(source) if (source / CONFIG_FILE).is_file() else read_official(source)
-    try:
-        model = load_model(source)
-    except ConfigError:
-        print("\n".join([f"{source}: no model", _stored(tensors)]))
-        raise
-    return model, _describe(source, model, tensors)
-
-
-def _describe(source: Path, model: AnyModel, tensors: Mapping[str, Tensor]) -> list[str]:
-    config, is_folder = model.model_config, (source / CONFIG_FILE).is_file()
+def describe_model(source: Source, model: AnyModel) -> list[str]:
+    """Describe a model and what lies with it, and name what does not fit together."""
+    config = model.model_config
     height, width = config.image_size
     part = "" if model.part is None else f", {model.part} tower alone"
     rows, columns = config.grid
+    around, problems = _around(source, model)
+    layout = "exchange folder" if source.is_folder else "released layout"
     return [
-        f"{source}: {model.task or 'backbone'}{part}, {'exchange folder' if is_folder else 'released layout'}",
+        f"{source.path}: {model.task or 'backbone'}{part}, {layout}",
         f"  shape       {config.num_layers} layers of {config.width}, {config.num_heads} heads, FFN {config.ffn_width}",
         f"  attention   {config.attention}, {config.fusion_layers} fusion layers"
         + ("" if config.final_norm else ", no final norm"),
         f"  pictures    {height} x {width} pixels in {rows} x {columns} patches of {config.patch_size}; "
-        + _preparation(source, model),
+        + around["preprocess"],
         f"  texts       {config.vocab_size:,} rows of words, at most {config.max_text_length} ids; "
-        + _tokenizer(source, is_folder),
-        *_outputs(source, model),
+        + around["tokenizer"],
+        *(f"  outputs     {number:,} {name}{around['labels']}" for name, number in _outputs(model)),
         f"  parameters  {model.num_parameters:,} ({_by_tower(model)})",
-        _stored(tensors),
+        *(f"  problems    {problem}" for problem in problems),
     ]
 
 
-def _preparation(source: Path, model: AnyModel) -> str:
-    if (source / CONFIG_FILE).is_file() and not (source / PREPROCESS_FILE).is_file():
-        return f"no {PREPROCESS_FILE}"
-    known = (source / PREPROCESS_FILE).is_file()
-    found = Preprocess.read(source) if known else Preprocess.of_task(model.model_config, model.task)
-    return f"{found.resize}, mean {' '.join(f'{value:g}' for value in found.mean)}" + (
-        "" if known else " (as released)"
-    )
+def _around(source: Source, model: AnyModel) -> tuple[dict[str, str], list[str]]:
+    """What lies with a model, in words; and why some of it cannot be used, as loading it would say."""
+    absent = TOKENIZER_FILE if source.is_folder else RELEASED_TOKENIZER
+    words = {"preprocess": "preprocessing unusable", "tokenizer": f"no {absent}", "labels": ""}
+    problems: list[str] = []
+    preprocess = Preprocess.of_task(model.model_config, model.task)
+    try:
+        preprocess = source.read_preprocess(model)
+        mean = " ".join(f"{value:g}" for value in preprocess.mean)
+        words["preprocess"] = f"{preprocess.resize}, mean {mean}" + (" (as released)" if not source.preprocess else "")
+    except BeitError as error:
+        problems.append(str(error))
+    try:
+        tokenizer = source.read_tokenizer(model, preprocess)
+        if tokenizer is not None and source.tokenizer is not None:
+            words["tokenizer"] = f"{source.tokenizer.name} has {len(tokenizer):,} ids"
+        elif source.tokenizer is not None:
+            words["tokenizer"] = f"{source.tokenizer.name} is not used"
+    except BeitError as error:
+        words["tokenizer"] = "text tokenizer unusable"
+        problems.append(str(error))
+    try:
+        labels = source.read_labels(model)
+        if labels is not None:
+            words["labels"] = f"; {source.labels.name if source.labels else 'ImageNet'} names {len(labels):,}"
+    except BeitError as error:
+        problems.append(str(error))
+    return words, problems
 
 
-def _tokenizer(source: Path, is_folder: bool) -> str:
-    path = source / TOKENIZER_FILE if is_folder else source.with_name(RELEASED_TOKENIZER)
-    return f"{path.name} has {len(TextTokenizer.load(path)):,} ids" if path.is_file() else f"no {path.name}"
-
-
-def _outputs(source: Path, model: AnyModel) -> list[str]:
-    lines = []
-    for option, number in model.head_options.items():
-        name = option.removeprefix("num_").replace("_size", " codes")
-        labels = source / label_files.FILE
-        known = f"; {labels.name} names {len(label_files.read_labels(labels)):,}" if labels.is_file() else ""
-        lines.append(f"  outputs     {number:,} {name}{known}")
-    return lines
+def _outputs(model: AnyModel) -> list[tuple[str, int]]:
+    return [
+        (option.removeprefix("num_").replace("_size", " codes"), number)
+        for option, number in model.head_options.items()
+    ]
 
 
 def _by_tower(model: AnyModel) -> str:
@@ -94,7 +87,8 @@ def _by_tower(model: AnyModel) -> str:
     )
 
 
-def _stored(tensors: Mapping[str, Tensor]) -> str:
+def describe_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """Say how many tensors there are, of which types and size."""
     types = Counter(str(value.dtype).removeprefix("torch.") for value in tensors.values())
     size = sum(value.nbytes for value in tensors.values())
     return f"  stored      {len(tensors):,} tensors as {' and '.join(types)}, {size / 1e6:,.1f} MB"

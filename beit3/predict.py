@@ -5,23 +5,25 @@ Shapes: n inputs, D width.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
-from beit3.data import labels as label_files
+from beit3.config import require
 from beit3.data.images import ImageInput, open_image
-from beit3.data.labels import imagenet_labels, labels_file, read_labels
-from beit3.data.preprocess import Preprocess
-from beit3.data.texts import clean_text
+from beit3.data.labels import labels_file
+from beit3.data.preprocess import Preprocess, prepare_text
+from beit3.data.source import TOKENIZER_FILE, find_source, num_outputs
 from beit3.errors import ConfigError
-from beit3.model.exchange import CONFIG_FILE, Part
 from beit3.model.heads import (
     AnyModel,
     CaptioningModel,
@@ -31,8 +33,8 @@ from beit3.model.heads import (
     RetrievalModel,
     VQAModel,
 )
-from beit3.model.hub import local_path
-from beit3.model.presets import BOS, EOS, PAD
+from beit3.model.presets import BOS, EOS
+from beit3.model.pretrained import Part
 from beit3.model.store import load_model
 from beit3.model.transformer import MultiwayTransformer, Output
 from beit3.tokenizer.text import TextTokenizer
@@ -48,10 +50,7 @@ _TEXTS = 256
 _IMAGE_TOKENS = 16_384
 """Patches of one batch: 83 pictures of 224 pixels."""
 _MASK = re.compile(r"\s*<mask>\s*")
-TOKENIZER_FILE = "tokenizer.spm"
-RELEASED_TOKENIZER = "beit3.spm"
-_UNUSED_ROWS = 8
-"""Rows of the released word embedding that no id of `beit3.spm` reaches."""
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def load(
@@ -82,25 +81,30 @@ def load(
         DataMissingError: the source or one of its files does not exist.
         ConfigError: the source is damaged, or tokenizer or labels do not fit the model.
     """
-    place = local_path(source)
-    model = load_model(place, image_size=image_size, parts=parts)
-    if (place / CONFIG_FILE).is_file():
-        preprocess = Preprocess.read(place)
-        if image_size is not None:
-            preprocess = preprocess.resized(model.model_config.image_size)
-        beside = place / TOKENIZER_FILE if preprocess.max_text_length else None
-    else:
-        preprocess = Preprocess.of_task(model.model_config, model.task)
-        found = place.with_name(RELEASED_TOKENIZER)
-        beside = found if preprocess.max_text_length and found.is_file() else None
-    spm = Path(tokenizer) if tokenizer is not None else beside
-    text = None if spm is None or model.part == "vision" else TextTokenizer.load(spm)
-    if text is not None:
-        _check_vocabulary(text, model, f"{spm}", released=not (place / CONFIG_FILE).is_file())
-    names = _find_labels(model, place, None if labels is None else Path(labels))
+    require(dtype is None or dtype in _DTYPES, f"dtype must be one of {', '.join(map(str, _DTYPES))}, not {dtype!r}")
+    size = None if image_size is None else _as_size(image_size)
     target = choose_device(device or "auto")
+    found = find_source(source, tokenizer=tokenizer, labels=labels)
+    model = load_model(found.path, image_size=size, parts=parts)
+    preprocess = found.read_preprocess(model)
+    if size is not None:
+        preprocess = preprocess.resized(size)
+    text = found.read_tokenizer(model, preprocess)
+    names = found.read_labels(model)
+    if names is None and (outputs := num_outputs(model)):
+        logger.warning(
+            "%s has no names for its %d outputs, so they are numbered: give a list of labels", source, outputs
+        )
     model = model.to(target) if dtype is None else model.to(target, dtype)
     return Predictor(model, text, preprocess, labels=names, allow_urls=allow_urls)
+
+
+def _as_size(image_size: object) -> tuple[int, int]:
+    """Height and width of a side, or of both."""
+    sides = (image_size, image_size) if isinstance(image_size, int) else image_size
+    if not (isinstance(sides, (tuple, list)) and len(sides) == 2 and all(type(side) is int for side in sides)):
+        raise ConfigError(f"image_size is a side, or height and width, in pixels, not {image_size!r}")
+    return sides[0], sides[1]
 
 
 class Predictor:
@@ -111,7 +115,7 @@ class Predictor:
 
     Args:
         model: in eval mode.
-        tokenizer: of the model; None for one that was trained on images alone.
+        tokenizer: of the model; None: verbs that need texts are refused.
         preprocess: how pictures and texts were prepared in training.
         labels: names of the classes or answers.
         allow_urls: whether pictures may be `http(s)://` addresses.
@@ -144,36 +148,52 @@ class Predictor:
             ConfigError: the model has none.
         """
         if self._tokenizer is None:
-            raise ConfigError(
-                "this model has no text tokenizer: it was trained on images alone, or no beit3.spm lies beside it; "
-                "pass tokenizer='beit3.spm' to beit3.load"
-            )
+            reason = "no tokenizer.spm or beit3.spm lies with it; name one: beit3.load(..., tokenizer=), or --tokenizer"
+            if self.model.part == "vision":
+                reason = "it is a vision tower alone"
+            elif not self.preprocess.max_text_length:
+                reason = "it reads no texts"
+            raise ConfigError(f"this model has no text tokenizer: {reason}")
         return self._tokenizer
 
-    @torch.inference_mode()
-    def embed_images(self, images: Sequence[ImageInput]) -> Tensor:
+    @torch.no_grad()
+    def embed_images(self, images: Iterable[ImageInput]) -> Tensor:
         """Embed pictures.
 
         Returns:
             (n, D) float32 on the CPU, unit length. Retrieval models use their heads, others the class token.
-        """
-        if isinstance(self.model, RetrievalModel):
-            return self._rows(images, self.model.encode_image)
-        return self._rows(images, lambda pixels: F.normalize(_vision(self._backbone(pixels))[:, 0], dim=-1))
 
-    @torch.inference_mode()
-    def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """Embed texts as (n, D) float32 on the CPU, unit length."""
-        parts = [self._encode_texts(batch).float().cpu() for batch in _chunks(texts, _TEXTS)]
+        Raises:
+            DataMissingError: a picture does not exist.
+            ConfigError: one cannot be read, or a picture was given instead of a list of them.
+        """
+        model = self.model
+        if isinstance(model, RetrievalModel):
+            return self._rows(images, lambda pixels: _unit(model.encode_image(pixels)))
+        return self._rows(images, lambda pixels: _unit(_vision(self._backbone(pixels))[:, 0]))
+
+    @torch.no_grad()
+    def embed_texts(self, texts: Iterable[str]) -> Tensor:
+        """Embed texts.
+
+        Returns:
+            (n, D) float32 on the CPU, unit length. Retrieval models use their heads, others the state of `<s>`.
+
+        Raises:
+            ConfigError: the model reads no texts, or a text was given instead of a list of them.
+        """
+        require(not isinstance(texts, (str, bytes)), "give a list of texts: embed_texts([text])")
+        parts = [self._encode_texts(batch).cpu() for batch in _chunks(texts, _TEXTS)]
         return torch.cat(parts) if parts else torch.empty(0, self._backbone.config.width)
 
-    @torch.inference_mode()
-    def classify(self, images: Sequence[ImageInput], top: int = 5) -> list[Ranking]:
+    @torch.no_grad()
+    def classify(self, images: Iterable[ImageInput], top: int = 5) -> list[Ranking]:
         """Name what pictures show, with probabilities.
 
         Raises:
-            ConfigError: the model has no classes.
+            ConfigError: the model has no classes, or `top` is below 1.
         """
+        _check_top(top)
         model = self._needs(ClassificationModel, "classify")
         logits = self._rows(images, model)
         return self._ranked(logits.softmax(-1), top, "class")
@@ -184,7 +204,7 @@ class Predictor:
     @overload
     def answer(self, image: Sequence[ImageInput], question: Sequence[str], top: int = 5) -> list[Ranking]: ...
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def answer(
         self, image: ImageInput | Sequence[ImageInput], question: str | Sequence[str], top: int = 5
     ) -> Ranking | list[Ranking]:
@@ -199,8 +219,9 @@ class Predictor:
             Answers and their scores in 0..1 (each judged on its own, as in training); a list of such for lists.
 
         Raises:
-            ConfigError: the model has no answers, or there are not as many questions as pictures.
+            ConfigError: the model has no answers, there are not as many questions as pictures, or `top` is below 1.
         """
+        _check_top(top)
         model = self._needs(VQAModel, "answer")
         found: list[Ranking] = []
         for batch in self._image_batches(_rows_of(image, question)):
@@ -217,7 +238,7 @@ class Predictor:
         self, left: Sequence[ImageInput], right: Sequence[ImageInput], sentence: Sequence[str]
     ) -> list[float]: ...
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def reason(
         self,
         left: ImageInput | Sequence[ImageInput],
@@ -238,29 +259,52 @@ class Predictor:
             found += logits.float().softmax(-1)[:, 1].tolist()
         return found if _is_many(left) else found[0]
 
-    @torch.inference_mode()
     def caption(
-        self, images: Sequence[ImageInput], *, num_beams: int = 3, max_length: int = 32, length_penalty: float = 0.6
+        self,
+        images: Iterable[ImageInput],
+        *,
+        num_beams: int = 3,
+        max_length: int = 32,
+        length_penalty: float = 0.6,
+        official: bool = False,
     ) -> list[str]:
         """Describe pictures in a sentence each, by beam search (settings as in `CaptioningModel.generate`).
 
         Raises:
             ConfigError: the model does not caption, or a setting is out of range.
         """
+        found = self.caption_scores(
+            images, num_beams=num_beams, max_length=max_length, length_penalty=length_penalty, official=official
+        )
+        return [text for text, _ in found]
+
+    @torch.no_grad()
+    def caption_scores(
+        self,
+        images: Iterable[ImageInput],
+        *,
+        num_beams: int = 3,
+        max_length: int = 32,
+        length_penalty: float = 0.6,
+        official: bool = False,
+    ) -> Ranking:
+        """As `caption`, with the score that each search ended with: log-probability over length to a power."""
         model = self._needs(CaptioningModel, "caption")
-        found: list[str] = []
-        for batch in self._image_batches(images):
+        found: Ranking = []
+        for batch in self._image_batches(_many(images)):
             captions = model.generate(
                 self._pixels(batch),
                 num_beams=num_beams,
                 max_length=max_length,
                 length_penalty=length_penalty,
                 mask_id=self.tokenizer.mask_id,
+                official=official,
             )
-            found += [self.tokenizer.decode(word for word in row if word != PAD) for row in captions.ids.tolist()]
+            texts = self.tokenizer.decode_batch(captions.ids)
+            found += zip(texts, captions.scores.tolist(), strict=True)
         return found
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def fill_mask(self, text: str, image: ImageInput | None = None, top: int = 5) -> list[Ranking]:
         """Fill every `<mask>` of a text, with or without a picture beside it.
 
@@ -273,14 +317,16 @@ class Predictor:
             for each mask, the most probable pieces and their probabilities.
 
         Raises:
-            ConfigError: the model has no word head, or the text no mask.
+            ConfigError: the model has no word head, the text no mask, or `top` is below 1.
         """
+        _check_top(top)
         model = self._needs(PretrainingModel, "fill_mask")
         row = torch.tensor([self._ids_with_masks(text)], device=self._device)
         out = model(images=None if image is None else self._pixels([image]), text_ids=row)
         assert out.text is not None
         logits = model.mlm_head(out.text[0, row[0] == self.tokenizer.mask_id]).float()
-        values, found = logits[:, : self.tokenizer.mask_id].softmax(-1).topk(top)
+        chances = logits[:, : self.tokenizer.mask_id].softmax(-1)
+        values, found = chances.topk(min(top, chances.shape[-1]))
         return [
             [(self.tokenizer.piece(index), value) for index, value in zip(indices, row_values, strict=True)]
             for indices, row_values in zip(found.tolist(), values.tolist(), strict=True)
@@ -314,25 +360,26 @@ class Predictor:
             raise ConfigError(f"{verb} needs a {getattr(kind, 'task', kind.__name__)} model; this is {held}")
         return self.model
 
-    def _rows(self, images: Sequence[ImageInput], encode: Callable[[Tensor], Tensor]) -> Tensor:
+    def _rows(self, images: Iterable[ImageInput], encode: Callable[[Tensor], Tensor]) -> Tensor:
         """Apply a map of pixels to rows batch by batch; (n, ...) float32 on the CPU."""
-        parts = [encode(self._pixels(batch)).float().cpu() for batch in self._image_batches(images)]
+        parts = [encode(self._pixels(batch)).float().cpu() for batch in self._image_batches(_many(images))]
         return torch.cat(parts) if parts else torch.empty(0, self._backbone.config.width)
 
     def _encode_texts(self, texts: Sequence[str]) -> Tensor:
         ids, mask = self._ids(texts)
         if isinstance(self.model, RetrievalModel):
-            return self.model.encode_text(ids, mask)
+            return _unit(self.model.encode_text(ids, mask))
         out: Output = self._backbone(text_ids=ids, text_mask=mask)
         assert out.text is not None
-        return F.normalize(out.text[:, 0], dim=-1)
+        return _unit(out.text[:, 0])
 
     def _ids(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        ids, mask = self.tokenizer.encode_batch([_clean(text) for text in texts], self.preprocess.max_text_length)
+        tokenizer = self.tokenizer
+        ids, mask = tokenizer.encode_batch([prepare_text(text) for text in texts], self.preprocess.max_text_length)
         return ids.to(self._device), mask.to(self._device)
 
     def _ids_with_masks(self, text: str) -> list[int]:
-        parts = _MASK.split(text)
+        parts = _MASK.split(prepare_text(text))
         if len(parts) < 2:
             raise ConfigError("fill_mask needs a text with <mask>")
         ids = [BOS]
@@ -348,7 +395,7 @@ class Predictor:
         pixels = torch.stack([self.preprocess(open_image(image, self._allow_urls)) for image in images])
         return self.preprocess.normalize(pixels.to(self._device)).to(self._dtype)
 
-    def _image_batches(self, items: Sequence[T]) -> Iterator[Sequence[T]]:
+    def _image_batches(self, items: Iterable[T]) -> Iterator[list[T]]:
         return _chunks(items, self._images_at_once)
 
     def _ranked(self, scores: Tensor, top: int, kind: str) -> list[Ranking]:
@@ -359,37 +406,6 @@ class Predictor:
             [(names[index], value) for index, value in zip(indices, row, strict=True)]
             for indices, row in zip(found.tolist(), values.tolist(), strict=True)
         ]
-
-
-def _find_labels(model: AnyModel, place: Path, given: Path | None) -> list[str] | None:
-    """Names of a model's outputs: those given, those stored with it, or ImageNet's; their number must fit."""
-    outputs = next(
-        (int(model.head_options[name]) for name in ("num_classes", "num_answers") if name in model.head_options), 0
-    )
-    if not outputs:
-        return None
-    path = given or place / label_files.FILE
-    if given is None and not path.is_file():
-        if model.task == "classification" and outputs == len(names := imagenet_labels()):
-            return names
-        logger.warning(
-            "%s has no names for its %d outputs, so they are numbered: give a list of labels", place, outputs
-        )
-        return None
-    names = read_labels(path)
-    if len(names) != outputs:
-        raise ConfigError(
-            f"{path} names {len(names)} outputs, the model has {outputs}: these labels belong to another model"
-        )
-    return names
-
-
-def _check_vocabulary(tokenizer: TextTokenizer, model: AnyModel, path: str, *, released: bool) -> None:
-    rows = model.model_config.vocab_size
-    if len(tokenizer) > rows or (released and len(tokenizer) != rows - _UNUSED_ROWS):
-        raise ConfigError(
-            f"{path} has {len(tokenizer):,} ids, but the model {rows:,} words: this tokenizer belongs to another model"
-        )
 
 
 def _is_many(part: object) -> bool:
@@ -410,11 +426,26 @@ def _vision(out: Output) -> Tensor:
     return out.vision
 
 
-def _chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
+def _unit(states: Tensor) -> Tensor:
+    """Unit length in float32: in half precision a length is off by thousandths."""
+    return F.normalize(states.float(), dim=-1)
 
 
-def _clean(text: str) -> str:
-    """The text as in training; an empty one stays empty."""
-    return clean_text(text) if text.strip() else ""
+def _check_top(top: int) -> None:
+    require(isinstance(top, int) and top >= 1, f"top must be a whole number of at least 1, not {top!r}")
+
+
+def _many(images: Iterable[ImageInput]) -> Iterable[ImageInput]:
+    """Refuse one picture where a list of them belongs."""
+    single = isinstance(images, (str, bytes, Path, Image.Image))
+    if single or (isinstance(images, (Tensor, np.ndarray)) and images.ndim < 4):
+        raise ConfigError("give a list of pictures: [picture] for one")
+    if not isinstance(images, Iterable):
+        raise ConfigError(f"give a list of pictures, not a {type(images).__name__}")
+    return images
+
+
+def _chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    iterator = iter(items)
+    while chunk := list(itertools.islice(iterator, size)):
+        yield chunk

@@ -4,9 +4,10 @@ Shapes: base size, random weights, 221M parameters.
 
     python benchmarks/loading.py --folder /tmp/loading
 
-Every measurement is a process of its own. Memory is what the process has resident (VmRSS) beyond what it had after the
-imports, once all weights have been touched. The file is read once before, so that all find it in the page cache; "plain
-read" copies it into memory and sums it, "load_file" is safetensors' own reader followed by the same sum.
+Every measurement is a process of its own. Memory is the most that the process ever had resident (VmHWM) beyond what it
+had once its code was there, which loading a tiny model the same way brings in; all weights have been touched then. The
+file is read once before, so that all find it in the page cache; "plain read" copies it into memory and sums it,
+"load_file" is safetensors' own reader followed by the same sum.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -27,6 +29,9 @@ import beit3
 from beit3.model.official import to_official
 
 REPEATS = 5
+NAME, SMALL = "beit3_base_patch16_224", "beit3_tiny_patch16_224"
+SIZES: dict[str, Any] = {"num_layers": 1, "vocab_size": 100}
+"""Of the small model."""
 
 
 def main() -> None:
@@ -46,7 +51,7 @@ def main() -> None:
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             rows[name].append(json.loads(done.stdout))
     print(f"weights {size / 2**20:,.0f} MiB, median of {REPEATS} processes each, interleaved\n")
-    print("| way | until usable, s | all touched, s | memory / weights |\n|---|---|---|---|")
+    print("| way | until usable, s | all touched, s | peak / weights |\n|---|---|---|---|")
     for name, found in rows.items():
         usable, touched, memory = (
             statistics.median(row[key] for row in found) for key in ("usable", "touched", "memory")
@@ -56,34 +61,37 @@ def main() -> None:
 
 def prepare(folder: Path) -> int:
     """Write an exchange folder and a released file of the same weights; return their bytes."""
-    if not (folder / "base.pth").is_file():
-        torch.manual_seed(0)
-        model = beit3.create_model("beit3_base_patch16_224", attention="decoupled")
-        model.save_pretrained(folder / "base")
-        torch.save({"model": to_official(model.model_config, model.state_dict())}, folder / "base.pth")
+    no_change: dict[str, Any] = {}
+    for place, name, sizes in ((folder, NAME, no_change), (folder / "small", SMALL, SIZES)):
+        if not (place / "base.pth").is_file():
+            torch.manual_seed(0)
+            model = beit3.create_model(name, attention="decoupled", **sizes)
+            model.save_pretrained(place / "base")
+            torch.save({"model": to_official(model.model_config, model.state_dict())}, place / "base.pth")
     for path in (folder / "base" / "model.safetensors", folder / "base.pth"):
         path.read_bytes()
     return sum(tensor.nbytes for tensor in load_file(folder / "base" / "model.safetensors").values())
 
 
 def measure(load: Callable[[Path], list[torch.Tensor]], folder: Path) -> dict[str, float]:
-    """Seconds until a model can be used and until all of it was touched, and bytes of memory then."""
-    before = resident()
+    """Seconds until a model can be used and until all of it was touched, and the most bytes of memory until then."""
+    load(folder / "small")
+    before = memory("VmRSS")
     start = time.perf_counter()
     tensors = load(folder)
     usable = time.perf_counter() - start
     total = sum(float(tensor.detach().sum()) for tensor in tensors)
     touched = time.perf_counter() - start
     assert total == total, "NaN"
-    return {"usable": usable, "touched": touched, "memory": resident() - before}
+    return {"usable": usable, "touched": touched, "memory": memory("VmHWM") - before}
 
 
-def resident() -> int:
-    """Bytes of this process in memory (Linux)."""
+def memory(kind: str) -> int:
+    """Bytes of this process in memory: now (VmRSS), or at most so far (VmHWM) (Linux)."""
     for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
+        if line.startswith(f"{kind}:"):
             return int(line.split()[1]) * 1024
-    raise RuntimeError("no VmRSS in /proc/self/status")
+    raise RuntimeError(f"no {kind} in /proc/self/status")
 
 
 def plain_read(folder: Path) -> list[torch.Tensor]:
@@ -118,7 +126,8 @@ def released(folder: Path) -> list[torch.Tensor]:
 
 def copied(folder: Path) -> list[torch.Tensor]:
     """The usual way: a model with random weights, then a copy of the file's."""
-    model = beit3.create_model("beit3_base_patch16_224", attention="decoupled")
+    is_small = folder.name == "small"
+    model = beit3.create_model(SMALL if is_small else NAME, attention="decoupled", **(SIZES if is_small else {}))
     model.load_state_dict(load_file(folder / "base" / "model.safetensors"))
     return list(model.parameters())
 

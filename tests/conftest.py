@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -65,12 +66,13 @@ def root() -> Path:
 
 @pytest.fixture(scope="session")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    """Emoji data in the layout of `beit3 prepare emoji` (some of it), a text tokenizer, a random visual tokenizer."""
+    """Some emoji as `beit3 prepare emoji` writes them, index files of every task, tokenizers for texts and pictures."""
     place = Workspace(tmp_path_factory.mktemp("workspace"))
     seen = load_cells("google", heldout=False)
     _write_pairs(place.data / "pairs", seen[:_PICTURES])
     _write_pairs(place.data / "images", seen[:_PICTURES])
     _write_pairs(place.data / "test_vendor", load_cells("twitter", heldout=False)[:12])
+    _write_indexes(place.data, seen[:12])
     texts = [text for cell in seen[:300] for text in texts_of(cell)]
     with FolderWriter(place.data / "text", "text") as writer:
         for text in texts:
@@ -109,6 +111,36 @@ def start() -> Callable[..., subprocess.Popen[str]]:
         )
 
     return begin
+
+
+def _write_indexes(folder: Path, cells: Sequence[EmojiCell]) -> None:
+    """Index files of every finetuning task over the same pictures."""
+    rows: dict[str, list[dict[str, Any]]] = {}
+
+    def add(name: str, picture: dict[str, Any], **fields: Any) -> None:
+        rows.setdefault(name, []).append({**picture, **fields})
+
+    (folder / "drawings").mkdir()
+    for number, cell in enumerate(cells):
+        picture = {"image_path": f"drawings/{number:02d}.png"}
+        cell.image.save(folder / picture["image_path"])
+        known = {"labels": [number % 4, 4], "scores": [1.0, 0.3]}
+        people = ["yes"] * min(number, 10) + ["no"] * max(0, 10 - number)
+        other = f"drawings/{(number + 1) % len(cells):02d}.png"
+        sentence = {"text": cell.caption, "label": number % 2, "identifier": f"test-{number // 2}-{number % 2}-0"}
+        for part in ("train", "test"):
+            add(f"groups.{part}", picture, label=number % 3)
+            add(f"nlvr2.{part}", picture, image2_path=other, **sentence)
+            extra = {"answers": people} if part == "test" else {}
+            add(f"vqa.{part}", picture, qid=number, text=f"is it {cell.caption}?", **known, **extra)
+            for text in (cell.caption, *cell.keywords[:1]):
+                add(f"retrieval.{part}", picture, text=text, image_id=number)
+        add("captions.train", picture, text=cell.caption, image_id=number)
+        add("captions.test", picture, image_id=number, captions=[cell.caption, "a small picture"])
+    for name, lines in rows.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "vqa.labels.json").write_text(json.dumps(["yes", "no", "two", "red", "cat"]))
+    (folder / "groups.labels.json").write_text(json.dumps(["ant", "bee", "cat"]))
 
 
 def _write_pairs(folder: Path, cells: Sequence[EmojiCell]) -> None:

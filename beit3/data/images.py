@@ -5,14 +5,16 @@ The header is checked before a pixel is decoded, so a picture that unpacks to gi
 
 from __future__ import annotations
 
+import http.client
 import io
+import os
 import urllib.request
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from beit3.errors import BadSampleError, ConfigError, DataMissingError
@@ -26,6 +28,8 @@ MAX_PIXELS = 50_000_000
 """Largest picture that is decoded, in pixels (width times height)."""
 MIN_SIDE = 4
 """Shortest side, in pixels, that still shows something."""
+MAX_FILE_BYTES = 256 * 2**20
+"""Largest file that is read."""
 
 _ORIENTATION = 0x0112
 _MAX_DOWNLOAD = 64 * 2**20
@@ -51,6 +55,8 @@ def decode_image(data: bytes) -> Image.Image:
         image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError as error:
         raise BadSampleError("too_many_pixels", str(error)) from error
+    except UnidentifiedImageError as error:
+        raise BadSampleError("unreadable_image", f"no picture in {', '.join(FORMATS)}") from error
     except Exception as error:  # Pillow's parsers answer broken bytes with many exception types
         raise BadSampleError("unreadable_image", str(error)) from error
     width, height = image.size
@@ -75,6 +81,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         grey = np.asarray(image, dtype=np.float64) / 257.0
         return Image.fromarray(np.clip(grey + 0.5, 0, 255).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
+        image = image.convert("LA") if image.mode == "La" else image
         rgba = image.convert("RGBA")
         page = Image.new("RGB", rgba.size, "white")
         page.paste(rgba, mask=rgba.getchannel("A"))
@@ -87,7 +94,7 @@ def open_image(image: ImageInput, allow_urls: bool = False) -> Image.Image:
 
     Args:
         image: PIL picture; path; `http(s)://` address, if allowed; array (H, W), (H, W, 3) or (H, W, 4) or tensor
-            (3, H, W) or (1, H, W), uint8 or float in 0..1.
+            (3, H, W) or (1, H, W), uint8 or float in 0..1, as also PIL pictures of mode `F`.
         allow_urls: whether addresses are downloaded; off, they are refused, so that no input makes a server call out.
 
     Raises:
@@ -95,22 +102,57 @@ def open_image(image: ImageInput, allow_urls: bool = False) -> Image.Image:
         ConfigError: it is no picture, or an address that was not allowed.
     """
     if isinstance(image, Image.Image):
-        return _to_rgb(image)
+        return _from_pil(image)
     if isinstance(image, Tensor):
-        return _from_array(image.detach().cpu().movedim(0, -1).numpy() if image.ndim == 3 else image.numpy())
+        return _from_array(_as_array(image))
     if isinstance(image, np.ndarray):
         return _from_array(image)
+    if not isinstance(image, (str, Path)):
+        raise ConfigError(
+            f"a {type(image).__name__} is no picture: give a PIL picture, the path of a file, an array or a tensor"
+        )
     name = str(image)
-    if "://" in name:
-        data = _download(name, allow_urls)
-    elif not Path(image).is_file():
-        raise DataMissingError(f"picture {image} does not exist")
-    else:
-        data = Path(image).read_bytes()
+    data = _download(name, allow_urls) if "://" in name else _read_file(name)
     try:
         return decode_image(data)
     except BadSampleError as error:
         raise ConfigError(f"picture {name} cannot be read ({error})") from error
+
+
+def _read_file(name: str) -> bytes:
+    if not os.path.isfile(name):  # unlike pathlib's, this one answers for names of any length
+        if os.path.exists(name):
+            raise ConfigError(f"picture {name} is a {'folder' if os.path.isdir(name) else 'device'}: give a file")
+        raise DataMissingError(f"picture {name if len(name) < 300 else name[:300] + '...'} does not exist")
+    if os.path.getsize(name) > MAX_FILE_BYTES:
+        raise ConfigError(f"picture {name} is larger than {MAX_FILE_BYTES // 2**20} MiB: give a smaller one")
+    try:
+        return Path(name).read_bytes()
+    except OSError as error:
+        raise ConfigError(f"picture {name} cannot be read ({error.strerror})") from error
+
+
+def _from_pil(image: Image.Image) -> Image.Image:
+    try:
+        image.load()
+        if image.mode in ("F", "I"):  # no range is agreed on for these: held to the same rule as arrays
+            return _from_array(np.asarray(image))
+        if not min(image.size):
+            raise ConfigError(f"a picture of {image.width} x {image.height} pixels shows nothing")
+        return _to_rgb(image)
+    except ConfigError:
+        raise
+    except Exception as error:  # Pillow answers broken files, closed files and odd modes with many exception types
+        raise ConfigError(f"a PIL picture of mode {image.mode} cannot be read ({error})") from error
+
+
+def _as_array(tensor: Tensor) -> NDArray[Any]:
+    try:
+        values = tensor.detach().cpu()
+        values = values.float() if values.is_floating_point() else values  # numpy knows no bfloat16
+        return (values.movedim(0, -1) if values.ndim == 3 else values).numpy()
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(f"a tensor of {tensor.dtype}, {tensor.layout}, {tensor.device} is no picture") from error
 
 
 def _from_array(values: NDArray[Any]) -> Image.Image:
@@ -135,8 +177,9 @@ def _download(address: str, allowed: bool) -> bytes:
     try:
         with urllib.request.urlopen(address, timeout=_TIMEOUT) as answer:
             data: bytes = answer.read(_MAX_DOWNLOAD + 1)
-    except (OSError, ValueError) as error:
-        raise DataMissingError(f"{address} cannot be read ({error})") from error
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        reason = str(error) or type(error).__name__
+        raise DataMissingError(f"{address} cannot be read ({reason})") from error
     if len(data) > _MAX_DOWNLOAD:
         raise ConfigError(f"{address} is larger than {_MAX_DOWNLOAD // 2**20} MiB: give a smaller picture")
     return data

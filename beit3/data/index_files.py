@@ -81,6 +81,8 @@ class VQARow(Row):
     """Soft target of each label, in 0..1."""
     answers: tuple[str, ...]
     """What people answered, as written; empty where unknown."""
+    answer_type: str = ""
+    """`yes/no`, `number` or `other`, where known."""
 
     unique: ClassVar[str | None] = "qid"
 
@@ -91,8 +93,8 @@ class VQARow(Row):
         scores = tuple(fields.several("scores"))
         if len(scores) != len(labels) or not all(_is_share(score) for score in scores):
             raise BadSampleError("invalid_scores", f"{scores} for labels {labels}")
-        qid, answers = fields.integer("qid"), fields.strings("answers")
-        return cls(fields.picture("image_path"), qid, fields.text(), labels, scores, answers)
+        qid, answers, kind = fields.integer("qid"), fields.strings("answers"), fields.word("answer_type")
+        return cls(fields.picture("image_path"), qid, fields.text(), labels, scores, answers, kind)
 
 
 class VQATrainingRow(VQARow):
@@ -218,6 +220,13 @@ class Fields:
         if value is not None and not isinstance(value, list):
             raise BadSampleError(f"invalid_{name}", "no list")
         return value or []
+
+    def word(self, name: str) -> str:
+        """A string; absent and null count as empty (`invalid_NAME`)."""
+        value = self._values.get(name)
+        if value is not None and not isinstance(value, str):
+            raise BadSampleError(f"invalid_{name}", "no string")
+        return value or ""
 
     def strings(self, name: str) -> tuple[str, ...]:
         """A list of strings as they are written (`invalid_NAME`)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,7 +23,7 @@ def read_labels(path: Path) -> list[str]:
         DataMissingError: no such file.
         ConfigError: neither form, or numbers that leave gaps.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise DataMissingError(f"labels {path} do not exist")
     try:
         text = path.read_text(encoding="utf-8")
@@ -35,7 +36,7 @@ def read_labels(path: Path) -> list[str]:
         by_number = {int(row["label"]): str(row["answer"]) for row in rows}
         if not rows or sorted(by_number) != list(range(len(rows))):
             raise ValueError("labels do not number 0, 1, 2, ...")
-    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
         raise ConfigError(f"{path} is no list of labels ({error})") from error
     return [by_number[number] for number in range(len(by_number))]
 

@@ -6,6 +6,7 @@ Shapes: B batch, H, W height and width in pixels.
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,16 +14,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from beit3.config import config, replace, require, to_plain
-from beit3.data.transforms import EvalResize, to_tensor
-from beit3.errors import ConfigError, DataMissingError
+from beit3.config import check_types, config, replace, require, to_plain
+from beit3.data.resize import EvalResize, crop, to_tensor
+from beit3.data.texts import clean_text
+from beit3.errors import BadSampleError, ConfigError, DataMissingError
 from beit3.model.presets import ModelConfig
 
 FILE = "preprocess.json"
 MAX_TEXT_LENGTH = 64
 """Longest text of the released models, in ids."""
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-_BICUBIC = Image.Resampling.BICUBIC
+_LARGEST_SIDE = 8192
+_SMALLEST_STD = 1e-3
+"""A quarter of a grey level: what divides by less is no statistic of pictures."""
 
 
 @config
@@ -41,12 +45,13 @@ class Preprocess:
     """Most ids of a text, `<s>` and `</s>` counted; 0: the model reads no texts."""
 
     def __post_init__(self) -> None:
-        require(min(self.image_size) >= 1, f"image_size must be positive, not {self.image_size}")
-        require(self.resize in ("squash", "crop"), f"resize is squash or crop, not '{self.resize}'")
-        require(self.interpolation == "bicubic", f"interpolation is bicubic, not '{self.interpolation}'")
-        require(len(self.mean) == len(self.std) == 3, "mean and std have three channels")
-        require(min(self.std) > 0, f"std must be positive, not {self.std}")
-        require(self.max_text_length >= 0, f"max_text_length must not be negative, but is {self.max_text_length}")
+        check_types(self, "preprocess")
+        sides, longest = self.image_size, self.max_text_length
+        require(min(sides) >= 1 and max(sides) <= _LARGEST_SIDE, f"sides must lie in 1..{_LARGEST_SIDE}, not {sides}")
+        require(min(self.mean) >= 0 and max(self.mean) <= 1, f"mean must lie in 0..1, not {self.mean}")
+        fits = min(self.std) >= _SMALLEST_STD and max(self.std) <= 1
+        require(fits, f"std must lie in {_SMALLEST_STD}..1, not {self.std}")
+        require(longest == 0 or longest >= 2, f"max_text_length must be 0 or at least 2, not {longest}")
 
     @classmethod
     def of_task(cls, model: ModelConfig, task: str | None) -> Preprocess:
@@ -64,14 +69,30 @@ class Preprocess:
             ConfigError: it is damaged.
         """
         path = folder / FILE
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise DataMissingError(f"{path} does not exist: use load_model for a model without preprocessing")
         try:
             values: Any = json.loads(path.read_text(encoding="utf-8"))
             plain: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
             return cls(**plain)
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, RecursionError, OSError) as error:
             raise ConfigError(f"{path} is damaged ({error}): write the folder again") from error
+
+    def check_fits(self, model: ModelConfig) -> None:
+        """Refuse sizes that a model cannot take.
+
+        Raises:
+            ConfigError: the image does not divide into patches, or the model has no positions for such texts.
+        """
+        height, width = self.image_size
+        require(
+            height % model.patch_size == 0 and width % model.patch_size == 0,
+            f"image_size ({height}, {width}) does not divide into the model's patches of {model.patch_size}",
+        )
+        require(
+            self.max_text_length <= model.max_text_length,
+            f"max_text_length is {self.max_text_length}, but the model reads {model.max_text_length} ids",
+        )
 
     def resized(self, image_size: tuple[int, int]) -> Preprocess:
         """The same for another image size."""
@@ -88,15 +109,23 @@ class Preprocess:
         height, width = self.image_size
         if self.resize == "squash" or image.size == (width, height):
             return EvalResize(self.image_size)(image)
-        # As torchvision's Resize and CenterCrop round.
-        if height * image.width >= width * image.height:
-            fitted = image.resize((int(height * image.width / image.height), height), _BICUBIC)
-        else:
-            fitted = image.resize((width, int(width * image.height / image.width)), _BICUBIC)
-        left, top = round((fitted.width - width) / 2), round((fitted.height - height) / 2)
-        return to_tensor(fitted.crop((left, top, left + width, top + height)))
+        return to_tensor(crop(image, height, width))
 
     def normalize(self, pixels: Tensor) -> Tensor:
         """Bring pixels (B, 3, H, W), uint8 or float in 0..255, to the model's range; float32."""
         mean, std = (torch.tensor(values, device=pixels.device)[:, None, None] for values in (self.mean, self.std))
         return pixels.float() / (255 * std) - mean / std
+
+
+def prepare_text(text: object) -> str:
+    """Clean a text as in training; one that holds nothing becomes the empty text.
+
+    Raises:
+        ConfigError: it is no `str`.
+    """
+    if not isinstance(text, str):
+        raise ConfigError(f"a text must be a str, not {type(text).__name__}")
+    try:
+        return clean_text(text)
+    except BadSampleError:
+        return ""

@@ -1,4 +1,4 @@
-"""Pictures to tensors: random crops for training, squashed resizing for evaluation, normalization.
+"""Pictures to tensors: random crops for training, squashed resizing for evaluation (`EvalResize`), normalization.
 
 Shapes: B batch, S side of a square picture, H height, W width. Pictures are uint8 (3, H, W) until `normalize`, which
 runs on the whole batch, wherever the batch lies.
@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
 from beit3.config import config, require
+from beit3.data.resize import EvalResize, to_tensor
+
+__all__ = ["CropConfig", "EvalResize", "RandomCrop", "Views", "normalize", "to_tensor"]
 
 _LUMA = (0.299, 0.587, 0.114)
 _BICUBIC = Image.Resampling.BICUBIC
@@ -125,31 +127,6 @@ def _finish(view: Image.Image, matrix: tuple[float, ...] | None, mirrored: bool)
     if matrix is not None:
         view = view.convert("RGB", matrix)
     return to_tensor(view)
-
-
-def to_tensor(image: Image.Image) -> Tensor:
-    """Copy an RGB picture into a uint8 tensor (3, H, W)."""
-    return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
-
-
-class EvalResize:
-    """Resize a picture (bicubic) to a fixed size without keeping its aspect ratio, so that nothing is cut off."""
-
-    def __init__(self, size: int | tuple[int, int]) -> None:
-        self.height, self.width = (size, size) if isinstance(size, int) else size
-
-    def __call__(self, image: Image.Image) -> Tensor:
-        """Resize an RGB picture.
-
-        Args:
-            image: RGB picture of any size.
-
-        Returns:
-            uint8 (3, H, W).
-        """
-        if image.size != (self.width, self.height):
-            image = image.resize((self.width, self.height), _BICUBIC)
-        return to_tensor(image)
 
 
 def normalize(images: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from beit3.config import config
 from beit3.data.index_files import Index, VQARow, VQATrainingRow, encode_text, read_index, read_picture
 from beit3.data.labels import read_labels
 from beit3.finetune.common import Predictions, TextBatch, TextFinetuneConfig, TextFinetuneTask, pad_texts
-from beit3.metrics.vqa_accuracy import consensus_accuracy
+from beit3.metrics.vqa_accuracy import vqa_accuracy
 from beit3.model.heads import VQAModel
 from beit3.tokenizer.text import TextTokenizer
 
@@ -123,17 +123,21 @@ class VQA(TextFinetuneTask[VQAConfig, VQABatch]):
                 "answer": self.answers[number],
                 "score": score,
                 "answers": list(row.answers),
+                "answer_type": row.answer_type,
                 "known": bool(row.labels),
             }
             for row, number, score in zip(batch.rows, best.tolist(), scores.tolist(), strict=True)
         ]
 
     def measure(self, predictions: Predictions) -> dict[str, float]:
-        """Mean soft score; and the consensus accuracy where the index holds what people answered."""
+        """Mean soft score; and the consensus accuracy, by type of answer too, where what people answered is known."""
         metrics: dict[str, float] = {}
         if any(row["known"] for row in predictions):
             metrics["score"] = fmean(row["score"] for row in predictions)
         judged = [row for row in predictions if row["answers"]]
         if judged:
-            metrics["accuracy"] = fmean(consensus_accuracy(row["answer"], row["answers"]) for row in judged)
+            types = [row["answer_type"] for row in judged]
+            accuracy = vqa_accuracy([row["answer"] for row in judged], [row["answers"] for row in judged], types)
+            metrics["accuracy"] = accuracy.overall
+            metrics |= {f"accuracy_{name}": value for name, value in accuracy.by_answer_type.items() if name}
         return metrics

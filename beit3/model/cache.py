@@ -64,7 +64,8 @@ def cached_attention(
         (B Nv, D) and (n t, D) mixed values.
     """
     if vision.shape[0]:
-        q, cache.image_keys, cache.image_values = _heads(vision, layout.num_images, num_heads)
+        q, k, v = _heads(vision, layout.num_images, num_heads)
+        cache.image_keys, cache.image_values = k.contiguous(), v.contiguous()  # every word reads them; frees q
         mixed = F.scaled_dot_product_attention(q, cache.image_keys, cache.image_values)
         return mixed.transpose(1, 2).flatten(2).flatten(0, 1), text.new_empty(0, text.shape[1] // 3)
     q, k, v = _heads(text, len(layout.text_lengths), num_heads)

@@ -24,7 +24,7 @@ _LIMITS = """\
 
 
 def model_card(
-    name: str,
+    source: str,
     settings: Mapping[str, Any],
     num_parameters: int,
     licence: str | None,
@@ -33,7 +33,7 @@ def model_card(
     """Write a card in the Hub's form: YAML head, then Markdown.
 
     Args:
-        name: of the model.
+        source: what `beit3.load` is told: the name of the folder, or "hf-hub:organisation/name".
         settings: content of `config.json`.
         num_parameters: of all tensors.
         licence: of the weights, as the Hub spells it; None: not stated.
@@ -52,7 +52,7 @@ def model_card(
         head.to_yaml(),
         "---",
         "",
-        f"# {name}",
+        f"# {source.rpartition('/')[2]}",
         "",
         f"A BEiT-3 model ({task or 'backbone'}{part}): {num_parameters / 1e6:,.1f}M parameters, "
         f"{shape['num_layers']} layers of {shape['width']}, patches of {shape['patch_size']}, "
@@ -61,7 +61,7 @@ def model_card(
         "```python",
         "import beit3",
         "",
-        f'predictor = beit3.load("{name}")',
+        f'predictor = beit3.load("{source}")',
         call,
         "```",
         "",

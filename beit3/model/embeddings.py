@@ -43,7 +43,7 @@ def cut_patches(images: Tensor, side: int) -> Tensor:
     grid = (height // side, width // side)
     # (Bi, 3, h, P, w, P) -> (Bi, h, w, 3, P, P)
     cut = images.view(count, channels, grid[0], side, grid[1], side).permute(0, 2, 4, 1, 3, 5)
-    return cut.reshape(count, grid[0] * grid[1], -1)
+    return cut.reshape(count, grid[0] * grid[1], channels * side * side)
 
 
 class VisionEmbedding(nn.Module):

@@ -1,6 +1,7 @@
 """The exchange folder: `config.json` + `model.safetensors` (+ tokenizer, preprocessing, labels) and a model card.
 
 Loading it runs no code. A folder is written beside its place and renamed, so that a killed save leaves no half of one.
+What is no such folder is never replaced.
 Weights above 5 GB are cut into files that `model.safetensors.index.json` lists, in the layout of the Hugging Face Hub.
 """
 
@@ -8,31 +9,25 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
-import tempfile
 import uuid
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from beit3.config import to_plain
-from beit3.errors import ConfigError, DataMissingError
-from beit3.model.card import model_card
-from beit3.model.hub import publish
-from beit3.model.presets import ModelConfig
+from beit3.errors import BeitError, ConfigError, DataMissingError
 
 FORMAT_VERSION = 1
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 CARD_FILE = "README.md"
-Part = Literal["vision", "text"]
 
 
 def write_folder(
@@ -42,36 +37,94 @@ def write_folder(
     files: Mapping[str, bytes] | None = None,
     max_shard_size: int | str = "5GB",
 ) -> None:
-    """Write an exchange folder in one step, replacing an older one of that name.
+    """Write an exchange folder in one step.
+
+    An older exchange folder of that name is replaced; what else somebody has put into it stays.
 
     Args:
-        folder: where; its parent is made if need be.
+        folder: where; its parent is made if need be, a link is followed.
         settings: content of `config.json`.
         state: tensors.
         files: further files by name, such as `tokenizer.spm`.
         max_shard_size: largest file of weights, in bytes or as "5GB".
+
+    Raises:
+        ConfigError: at `folder` stands something else, `files` holds a name that is not free, or `max_shard_size` is
+            no size. Nothing is left behind then, nor if the disk is full.
     """
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
-    beside.mkdir()
-    _write_tensors(beside, state, max_shard_size)
-    text = json.dumps({"format_version": FORMAT_VERSION, **settings}, indent=2)
-    (beside / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
-    for name, content in (files or {}).items():
-        (beside / name).write_bytes(content)
-    if folder.exists():
-        old = folder.with_name(f"{beside.name}-old")
-        os.replace(folder, old)
-        os.replace(beside, folder)
-        shutil.rmtree(old)
-    else:
-        os.replace(beside, folder)
+    place = _find_place(Path(folder))
+    for name in files or {}:
+        if name != Path(name).name or name in ("", "..") or name == CONFIG_FILE or is_weights(name):
+            raise ConfigError(f"'{name}' cannot be written beside the weights: give a plain name that is not taken")
+    beside = place.with_name(f"{place.name}.tmp-{uuid.uuid4().hex[:8]}")
+    try:
+        beside.mkdir()
+        _write_tensors(beside, state, max_shard_size)
+        text = json.dumps({"format_version": FORMAT_VERSION, **settings}, indent=2)
+        (beside / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+        for name, content in (files or {}).items():
+            (beside / name).write_bytes(content)
+        if place.exists():
+            _swap(beside, place)
+        else:
+            os.replace(beside, place)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def is_weights(name: str) -> bool:
+    """Whether a file of an exchange folder holds its weights, some of them, or their index."""
+    return name == INDEX_FILE or re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors", name) is not None
+
+
+def is_exchange(folder: Path) -> bool:
+    """Whether a folder holds the settings of one."""
+    try:
+        return bool(read_settings(folder))
+    except BeitError:
+        return False
+
+
+def _find_place(folder: Path) -> Path:
+    """Where a folder can be written without harm to anything else."""
+    place = folder.resolve()
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ConfigError(f"{folder} cannot be made: a part of its path is a file, choose another place") from error
+    if not place.exists():
+        return place
+    if not place.is_dir():
+        raise ConfigError(f"{folder} is a file: choose a new folder")
+    if any(place.iterdir()) and not is_exchange(place):
+        raise ConfigError(f"{folder} holds other files, which are left alone: choose a new folder, or empty it")
+    if Path.cwd().is_relative_to(place):
+        raise ConfigError(f"{folder} is the current folder, which cannot be replaced: choose another one")
+    return place
+
+
+def _swap(beside: Path, place: Path) -> None:
+    """Put a new folder in the place of an older one, and what was foreign in that one back."""
+    old = beside.with_name(f"{beside.name}-old")
+    shutil.copymode(place, beside)
+    os.replace(place, old)
+    try:
+        os.replace(beside, place)
+    except OSError:
+        os.replace(old, place)
+        raise
+    for path in old.iterdir():
+        if not is_weights(path.name) and not (place / path.name).exists():
+            os.replace(path, place / path.name)
+    shutil.rmtree(old)
 
 
 def _write_tensors(folder: Path, state: Mapping[str, Tensor], max_shard_size: int | str) -> None:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    split = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size)
+    try:
+        split = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size)
+    except ValueError as error:
+        raise ConfigError(f"max_shard_size '{max_shard_size}' is no size: write bytes or '5GB'") from error
     for file, names in split.filename_to_tensors.items():
         save_file({name: tensors[name] for name in names}, folder / file, metadata={"format": "pt"})
         (folder / file).chmod(0o644)  # safetensors writes 0600
@@ -122,103 +175,8 @@ def _weight_files(folder: Path) -> list[Path]:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid JSON ({error}): write the folder again") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path} holds a {type(content).__name__}, not settings: write the folder again")
     return content
-
-
-def model_settings(model: PretrainedModel) -> dict[str, Any]:
-    """What `config.json` says of a model: task, shape, options of the heads, and its tower if it has one alone."""
-    shape = to_plain(model.model_config)
-    shape.pop("type")
-    settings = {"kind": "model", "model_type": "beit3", "task": model.task, "model": shape, "heads": model.head_options}
-    return settings if model.part is None else {**settings, "part": model.part}
-
-
-def parse_model_config(settings: Mapping[str, Any], where: Path) -> ModelConfig:
-    """Rebuild the `ModelConfig` of a settings dictionary; `where` is named in errors."""
-    shape = settings.get("model")
-    if settings.get("kind") != "model" or not isinstance(shape, dict):
-        raise ConfigError(f"{where} holds a '{settings.get('kind')}', not a model: give a model's folder")
-    size = shape.get("image_size")
-    if isinstance(size, list):
-        shape = {**shape, "image_size": tuple(size)}
-    try:
-        return ModelConfig(**shape)
-    except TypeError as error:
-        raise ConfigError(f"{where} describes no model ({error}): write the folder again") from error
-
-
-class PretrainedModel(nn.Module, ABC):
-    """Anything that `load_model` returns: knows its shape and task, and can write and publish itself."""
-
-    task: str | None = None
-    part: Part | None = None
-    """The one tower that is left of it (`beit3.model.parts`); None: it is whole."""
-
-    @property
-    @abstractmethod
-    def model_config(self) -> ModelConfig:
-        """Shape of the transformer."""
-
-    @property
-    def head_options(self) -> dict[str, Any]:
-        """What rebuilding this model needs besides the transformer's configuration."""
-        return {}
-
-    def save_pretrained(
-        self,
-        folder: Path | str,
-        files: Mapping[str, bytes] | None = None,
-        *,
-        licence: str | None = None,
-        numbers: Mapping[str, float | str] | None = None,
-        max_shard_size: int | str = "5GB",
-    ) -> None:
-        """Write the model as an exchange folder with a model card.
-
-        Args:
-            folder: where; an older folder of that name is replaced in one step.
-            files: further files by name, such as `tokenizer.spm`.
-            licence: of the weights, for the card, such as "mit"; None: not stated.
-            numbers: results for the card by name, such as {"ImageNet-1k top-1": 85.4}.
-            max_shard_size: largest file of weights, in bytes or as "5GB".
-        """
-        settings = model_settings(self)
-        card = model_card(Path(folder).name, settings, self.num_parameters, licence, numbers or {})
-        write_folder(
-            Path(folder), settings, self.state_dict(), {CARD_FILE: card.encode(), **(files or {})}, max_shard_size
-        )
-
-    def push_to_hub(
-        self,
-        name: str,
-        files: Mapping[str, bytes] | None = None,
-        *,
-        private: bool = False,
-        licence: str | None = None,
-        numbers: Mapping[str, float | str] | None = None,
-    ) -> str:
-        """Publish the model on the Hugging Face Hub, as `load_model("hf-hub:NAME")` reads it.
-
-        Args:
-            name: "organisation/model"; made if need be.
-            files: as in `save_pretrained`.
-            private: whether a new repository is private.
-            licence: as in `save_pretrained`.
-            numbers: as in `save_pretrained`.
-
-        Returns:
-            Address of the commit.
-        """
-        with tempfile.TemporaryDirectory() as place:
-            folder = Path(place) / name.rpartition("/")[2]
-            self.save_pretrained(folder, files, licence=licence, numbers=numbers)
-            return publish(folder, name, private=private)
-
-    @property
-    def num_parameters(self) -> int:
-        """Trained and frozen numbers, all counted."""
-        return sum(parameter.numel() for parameter in self.parameters())

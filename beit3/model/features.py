@@ -18,6 +18,7 @@ from beit3.config import replace, require
 from beit3.model.embeddings import VisionEmbedding
 from beit3.model.heads import TaskModel
 from beit3.model.packing import PackedBatch
+from beit3.model.parts import Absent
 from beit3.model.transformer import MultiwayTransformer
 
 
@@ -75,8 +76,9 @@ def feature_maps(backbone: MultiwayTransformer, images: Tensor, out_indices: Seq
     side = backbone.config.patch_size
     grid = (images.shape[2] // side, images.shape[3] // side)
     inner = backbone.forward_packed(PackedBatch(images=images), layers={index + 1 for index in out_indices}).inner
-    states = [inner[index + 1][0].unflatten(0, (images.shape[0], -1))[:, 1:] for index in out_indices]  # (B, N, D)
-    return [rows.transpose(1, 2).unflatten(2, grid).contiguous() for rows in states]
+    rows = (images.shape[0], 1 + grid[0] * grid[1])
+    states = [inner[index + 1][0].unflatten(0, rows)[:, 1:] for index in out_indices]  # (B, N, D)
+    return [state.transpose(1, 2).unflatten(2, grid).contiguous() for state in states]
 
 
 def _layer_indices(out_indices: int | Sequence[int], num_layers: int) -> tuple[int, ...]:
@@ -103,5 +105,11 @@ def _image_tower(backbone: MultiwayTransformer, num_layers: int) -> MultiwayTran
         blocks.append(view)
     tower = copy.copy(backbone)
     tower.config = replace(backbone.config, num_layers=num_layers, fusion_layers=0, final_norm=False)
-    tower._modules = {"vision_embedding": backbone.vision_embedding, "blocks": blocks, "norm": nn.ModuleDict()}
+    tower._modules = {
+        "vision_embedding": backbone.vision_embedding,
+        "text_embedding": Absent("text"),
+        "blocks": blocks,
+        "norm": nn.ModuleDict(),
+    }
+    tower.part = "vision"
     return tower

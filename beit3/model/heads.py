@@ -16,14 +16,32 @@ from torch import Tensor, nn
 from beit3.config import nearest, require
 from beit3.errors import ConfigError
 from beit3.model.beam_search import Captions, beam_search
-from beit3.model.exchange import PretrainedModel
 from beit3.model.packing import PackedBatch
 from beit3.model.presets import BOS, EOS, OFFICIAL_MASK, PAD, UNK, ModelConfig, model_config
+from beit3.model.pretrained import PretrainedModel
 from beit3.model.transformer import MultiwayTransformer, Output, PackedOutput
 
 CODEBOOK_SIZE = 8192
 """Visual tokens of the official release."""
 _SMALL_START = 1e-3
+
+
+def first_text_states(text: Tensor, text_mask: Tensor | None) -> Tensor:
+    """The states (B, D) of `<s>` in padded texts (B, T, D): it stands in the first place. Zero for an empty text.
+
+    Raises:
+        ValueError: a text begins with padding, where states are zero.
+    """
+    if not text.shape[1]:
+        return text.new_zeros(text.shape[0], text.shape[2])
+    # A graph cannot look at numbers: what is exported relies on padding on the right.
+    if (
+        text_mask is not None
+        and not torch.compiler.is_compiling()
+        and bool((text_mask.any(1) & ~text_mask[:, 0]).any())
+    ):
+        raise ValueError("a text begins with padding: pad texts on the right, behind `<s>`")
+    return text[:, 0]
 
 
 class TaskModel(PretrainedModel):
@@ -45,6 +63,7 @@ class PretrainingModel(TaskModel):
     def __init__(self, config: ModelConfig, codebook_size: int = CODEBOOK_SIZE) -> None:
         super().__init__()
         self.backbone = MultiwayTransformer(config)
+        self.codebook_size = codebook_size
         self.mlm_head = nn.Linear(config.width, config.vocab_size)
         self.mim_head = nn.Linear(config.width, codebook_size)
         for head in (self.mlm_head, self.mim_head):
@@ -54,7 +73,7 @@ class PretrainingModel(TaskModel):
     @property
     def head_options(self) -> dict[str, Any]:
         """What rebuilding this model needs besides the transformer's configuration."""
-        return {"codebook_size": self.mim_head.out_features}
+        return {"codebook_size": self.codebook_size}
 
     def forward(
         self,
@@ -95,10 +114,10 @@ class RetrievalModel(TaskModel):
         return F.normalize(self.vision_head(out.vision[:, 0]), dim=-1)
 
     def encode_text(self, text_ids: Tensor, text_mask: Tensor | None = None) -> Tensor:
-        """Embed texts (B, T) as (B, D) of unit length."""
+        """Embed texts (B, T) as (B, D) of unit length; a ValueError if one begins with padding."""
         out: Output = self.backbone(text_ids=text_ids, text_mask=text_mask)
         assert out.text is not None
-        return F.normalize(self.language_head(out.text[:, 0]), dim=-1)
+        return F.normalize(self.language_head(first_text_states(out.text, text_mask)), dim=-1)
 
 
 class ClassificationModel(TaskModel):
@@ -197,13 +216,18 @@ class NLVR2Model(TaskModel):
         self.head = TwoLayerHead(4 * config.width, 2)
 
     def forward(self, images: Tensor, text_ids: Tensor, text_mask: Tensor | None = None) -> Tensor:
-        """Logits (B, 2) of false and true for images (B, 2, 3, H, W), left and right, and sentences (B, T)."""
+        """Logits (B, 2) of false and true for images (B, 2, 3, H, W), left and right, and sentences (B, T).
+
+        Raises:
+            ValueError: a sentence begins with padding.
+        """
         ids = torch.cat([text_ids, text_ids])
         mask = None if text_mask is None else torch.cat([text_mask, text_mask])
         out: Output = self.backbone(torch.cat([images[:, 0], images[:, 1]]), ids, mask)
         assert out.vision is not None
         assert out.text is not None
-        left, right = torch.cat([out.vision[:, 0], out.text[:, 0]], dim=-1).unflatten(0, (2, -1)).unbind(0)
+        first = torch.cat([out.vision[:, 0], first_text_states(out.text, mask)], dim=-1)
+        left, right = first.unflatten(0, (2, images.shape[0])).unbind(0)
         logits: Tensor = self.head(torch.cat([left, right], dim=-1))
         return logits
 
@@ -265,6 +289,9 @@ class CaptioningModel(TaskModel):
             f"max_length must lie in 4..{config.max_text_length}, not {max_length}",
         )
         require(EOS < mask_id < config.vocab_size, f"mask_id must be one of {config.vocab_size} ids, not {mask_id}")
+        if not images.shape[0]:
+            nothing = images.new_empty(0, dtype=torch.float32)
+            return Captions(nothing.new_empty(0, max_length - 3, dtype=torch.int64), nothing)
         caches = self.backbone.start_decoding(images)
 
         def next_word(words: Tensor, parents: Tensor | None) -> Tensor:
@@ -317,15 +344,18 @@ _TASKS: dict[str, type[TaskModel]] = {
 _HEAD_OPTIONS = ("codebook_size", "num_classes", "num_answers")
 
 
-def build_model(config: ModelConfig, task: str | None = None, **head_options: Any) -> AnyModel:
+def build_model(config: ModelConfig, task: str | None = None, /, **head_options: Any) -> AnyModel:
     """Build a backbone (`task=None`) or a task model with random weights."""
     if task is None:
         return MultiwayTransformer(config)
     if task not in _TASKS:
         raise ConfigError(f"unknown task '{task}'; {nearest(task, _TASKS)}")
-    unknown = head_options.keys() - inspect.signature(_TASKS[task]).parameters.keys()
-    if unknown:
+    known = inspect.signature(_TASKS[task]).parameters.keys() & set(_HEAD_OPTIONS)
+    if unknown := head_options.keys() - known:
         raise ConfigError(f"a {task} model has no option {', '.join(sorted(unknown))}")
+    for name, value in head_options.items():
+        fits = isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**31
+        require(fits, f"{name} must be a whole number of at least 1, not {value!r:.60}")
     model: Any = _TASKS[task](config, **head_options)
     assert isinstance(model, AnyModel)
     return model

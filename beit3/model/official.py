@@ -10,6 +10,7 @@ norm before the feed-forward network; the norm after the last block is `encoder.
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -41,12 +42,13 @@ _HEADS: dict[str, tuple[str, ...]] = {
     ),
 }
 _OPTIONS = {
-    "pretraining": ("codebook_size", "mim_head.bias"),
-    "classification": ("num_classes", "head.bias"),
-    "vqa": ("num_answers", "head.3.bias"),
+    "pretraining": ("codebook_size", "mim_head"),
+    "classification": ("num_classes", "head"),
+    "vqa": ("num_answers", "head.3"),
 }
-"""Options of task models, and the tensor whose length tells them."""
+"""Options of task models, and the linear map whose outputs tell them."""
 _WEIGHT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+logger = logging.getLogger(__name__)
 
 
 class Converted(NamedTuple):
@@ -76,6 +78,7 @@ def to_ours(
     heads: bool = True,
     num_heads: int | None = None,
     image_size: tuple[int, int] | None = None,
+    strict: bool = True,
 ) -> Converted:
     """Translate official weights into ours.
 
@@ -84,7 +87,9 @@ def to_ours(
             `_orig_mod.`) may be there or not.
         heads: False ignores everything that is not the backbone.
         num_heads: H, which files do not store; None takes the catalogue's head width for this width, 64 for others.
-        image_size: height and width in pixels that the position table was made for; None takes a square.
+        image_size: height and width in pixels that the position table was made for; read only where the table fits no
+            square.
+        strict: False leaves missing tensors out of the result, and drops unknown ones, which the log names.
 
     Returns:
         A decoupled configuration, our state dict in fp32 (shares memory with `state` where nothing was joined or
@@ -92,7 +97,7 @@ def to_ours(
 
     Raises:
         ConfigError: missing, unknown or wrongly shaped tensors, or numbers that are no weights; the message lists
-            them.
+            them. Shapes must fit even if not `strict`.
     """
     found = _normalise(unwrap(state))
     backbone = {key: value for key, value in found.items() if key.startswith(_BACKBONE)}
@@ -101,9 +106,12 @@ def to_ours(
     task, head_options = _infer_task(extra)
     prefix = "" if task is None else "backbone."
     entries = list(_backbone_entries(config, prefix)) + _head_entries(config, task, head_options)
-    _check("official", {**backbone, **extra}, {key: e.part_shape for e in entries for key in e.official})
+    shapes = {key: entry.part_shape for entry in entries for key in entry.official}
+    check_tensors({**backbone, **extra}, shapes, "the official weights", strict=strict)
     ours: dict[str, Tensor] = {}
     for entry in entries:
+        if any(key not in found for key in entry.official):
+            continue  # only if not strict
         # Files of fp16 or bf16 load as the same values in fp32, so that resizing positions rounds nothing.
         parts = [found[key].float() for key in entry.official]
         ours[entry.ours] = (parts[0] if len(parts) == 1 else torch.stack(parts)).reshape(entry.shape)
@@ -115,7 +123,7 @@ def to_official(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, T
 
     Args:
         config: the model's configuration; a shared self-attention is written twice, once for each modality.
-        state: state dict of a backbone, a pretraining or a retrieval model.
+        state: state dict of a backbone or of a task model.
 
     Returns:
         Official names (with `beit3.` before the backbone's) to copies of the tensors.
@@ -133,7 +141,7 @@ def to_official(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, T
     heads = {key: value for key, value in state.items() if not key.startswith(prefix)} if prefix else {}
     task, head_options = _infer_task(heads)
     entries = list(_backbone_entries(config, prefix)) + _head_entries(config, task, head_options)
-    _check("given", state, {entry.ours: entry.shape for entry in entries})
+    check_tensors(state, {entry.ours: entry.shape for entry in entries}, "the given weights")
     official: dict[str, Tensor] = {}
     for entry in entries:
         parts = state[entry.ours].detach().reshape(len(entry.official), *entry.part_shape)
@@ -205,15 +213,14 @@ def _head_entries(config: ModelConfig, task: str | None, options: Mapping[str, i
 
 
 def _infer_task(heads: Mapping[str, Tensor]) -> tuple[str | None, dict[str, int]]:
-    if not heads:
+    """The task that most of the heads belong to, and its options; `check_tensors` finds what is missing or unknown."""
+    known = {task: len(heads.keys() & set(keys)) for task, keys in _HEADS.items()}
+    task = max(_HEADS, key=lambda name: (known[name], known[name] - len(_HEADS[name])))
+    if not known[task]:
         return None, {}
-    for task, keys in _HEADS.items():
-        if set(keys) == heads.keys():
-            return task, {name: heads[key].numel() for name, key in [_OPTIONS[task]]} if task in _OPTIONS else {}
-    raise ConfigError(
-        f"unknown keys besides the backbone: {listed(heads)}; the heads known are those of "
-        f"{', '.join(_HEADS)}: {listed(list(itertools.chain(*_HEADS.values())))}"
-    )
+    option, layer = _OPTIONS.get(task, ("", ""))
+    rows = [heads[key].shape[:1] for key in (f"{layer}.bias", f"{layer}.weight") if key in heads]
+    return task, {option: rows[0].numel()} if rows else {}
 
 
 def _infer_config(
@@ -232,13 +239,19 @@ def _infer_config(
     patch_size = shape("vision_embed.proj.weight", 4)[3]
     patches = shape("encoder.embed_positions.A.weight", 2)[0] - POSITION_OFFSET - 1
     side = math.isqrt(max(patches, 0))
-    if image_size is None and (side < 1 or side * side != patches):
-        raise ConfigError(
-            f"'encoder.embed_positions.A.weight' has {patches + POSITION_OFFSET + 1} rows, "
-            "which is 3 more than no square grid of patches: give image_size"
-        )
+    size = (side * patch_size, side * patch_size)
+    if side < 1 or side * side != patches:
+        if image_size is None or math.prod(pixels / max(patch_size, 1) for pixels in image_size) != patches:
+            raise ConfigError(
+                f"'encoder.embed_positions.A.weight' has {patches + POSITION_OFFSET + 1} rows, "
+                "which is 3 more than no square grid of patches: give image_size, the height and width it was made for"
+            )
+        size = image_size
     if num_heads is None and width % native_head_width(width):
-        raise ConfigError(f"the width {width} does not divide by a head width of 64: give num_heads")
+        raise ConfigError(
+            f"the width {width} does not divide by a head width of 64: give num_heads to "
+            "beit3.model.official.to_ours, for files do not store it"
+        )
     layers = {match[1] for key in state if (match := re.match(r"encoder\.layers\.(\d+)\.", key))}
     return ModelConfig(
         width=width,
@@ -246,7 +259,7 @@ def _infer_config(
         num_heads=num_heads or width // native_head_width(width),
         ffn_width=shape("encoder.layers.0.ffn.A.fc1.weight", 2)[0],
         patch_size=patch_size,
-        image_size=image_size or (side * patch_size, side * patch_size),
+        image_size=size,
         vocab_size=vocab_size,
         max_text_positions=shape("encoder.embed_positions.B.weight", 2)[0],
         attention="decoupled",
@@ -271,12 +284,26 @@ def _normalise(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return clean
 
 
-def _check(kind: str, state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise one line that lists all missing, unknown and wrongly shaped tensors, and those of other types."""
+def check_tensors(
+    state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], what: str, *, strict: bool = True
+) -> None:
+    """Raise one line that lists all missing, unknown and wrongly shaped tensors, and those of other types.
+
+    Args:
+        state: tensors by name.
+        expected: shapes by name.
+        what: subject of the message, such as "the official weights".
+        strict: False allows missing tensors, and names unknown ones in the log.
+
+    Raises:
+        ConfigError: they do not fit.
+    """
     problems: list[str] = []
-    if missing := [key for key in expected if key not in state]:
+    missing = [key for key in expected if key not in state]
+    unknown = [key for key in state if key not in expected]
+    if missing and strict:
         problems.append(f"missing {listed(missing)}")
-    if unknown := [key for key in state if key not in expected]:
+    if unknown and strict:
         problems.append(f"unknown {listed(unknown)}")
     wrong = [
         f"{key} {tuple(state[key].shape)} instead of {shape}"
@@ -285,7 +312,10 @@ def _check(kind: str, state: Mapping[str, Tensor], expected: Mapping[str, tuple[
     ]
     if wrong:
         problems.append(f"wrong shapes: {listed(wrong)}")
-    if alien := [f"{key} ({value.dtype})" for key, value in state.items() if value.dtype not in _WEIGHT_TYPES]:
+    used = [(key, value) for key, value in state.items() if strict or key in expected]
+    if alien := [f"{key} ({value.dtype})" for key, value in used if value.dtype not in _WEIGHT_TYPES]:
         problems.append(f"not floating point of 16 to 64 bits: {listed(alien)}")
     if problems:
-        raise ConfigError(f"the {kind} weights do not fit: {'; '.join(problems)}")
+        raise ConfigError(f"{what} do not fit: {'; '.join(problems)}")
+    if unknown:
+        logger.warning("%s: unknown tensors are left out: %s", what, listed(unknown))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from beit3.errors import ConfigError
-from beit3.model.exchange import Part
 from beit3.model.heads import AnyModel
+from beit3.model.pretrained import Part
 from beit3.model.transformer import MultiwayTransformer
 
 _HEADS: dict[str, dict[Part, tuple[str, ...]]] = {

@@ -10,7 +10,7 @@ import itertools
 import re
 from typing import Any, Literal
 
-from beit3.config import config, nearest, replace, require
+from beit3.config import check_types, config, nearest, replace, require
 from beit3.errors import ConfigError
 
 VOCAB_SIZE = 64010
@@ -56,6 +56,9 @@ class ModelConfig:
     """Recompute each block in the backward pass: less memory, a third more work."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.image_size, list):  # as JSON has it
+            object.__setattr__(self, "image_size", tuple(self.image_size))
+        check_types(self, "model")
         for name in ("width", "num_layers", "num_heads", "ffn_width", "patch_size", "vocab_size"):
             require(getattr(self, name) >= 1, f"model.{name} must be at least 1, not {getattr(self, name)}")
         require(
@@ -75,6 +78,7 @@ class ModelConfig:
             self.attention == "shared" or self.fusion_layers == 0,
             "model.fusion_layers needs attention='shared': the released decoupled model has no fusion experts",
         )
+        require(self.norm_eps > 0, f"model.norm_eps must be above 0, not {self.norm_eps}")
         require(0 <= self.drop_path < 1, f"model.drop_path must lie in 0..1, not {self.drop_path}")
         require(
             self.max_text_positions > POSITION_OFFSET,

@@ -103,7 +103,7 @@ def unwrap(content: Mapping[str, object]) -> dict[str, Tensor]:
     return {key: Tensor.detach(value) for key, value in content.items() if isinstance(value, Tensor)}
 
 
-def listed(names: Mapping[str, object] | Sequence[object], most: int = 20) -> str:
+def listed(names: Mapping[str, object] | Sequence[object], most: int = 5) -> str:
     """Names out of a file, the first of them, for an error line."""
     items = list(names)
     more = f" and {len(items) - most} more" if len(items) > most else ""

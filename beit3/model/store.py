@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,20 +16,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from beit3.config import differences, to_plain
+from beit3.config import differences, require, to_plain
 from beit3.errors import ConfigError
 from beit3.model import official
 from beit3.model.embeddings import resample_positions
-from beit3.model.exchange import CONFIG_FILE, Part, parse_model_config, read_settings, read_tensors
+from beit3.model.exchange import CONFIG_FILE, is_exchange, is_weights, read_settings, read_tensors
 from beit3.model.heads import AnyModel, build_model
 from beit3.model.hub import local_path
+from beit3.model.official import check_tensors
 from beit3.model.parts import keep_part
-from beit3.model.presets import ModelConfig
-from beit3.model.released_files import read_official
+from beit3.model.presets import POSITION_OFFSET, ModelConfig
+from beit3.model.pretrained import Part, parse_model_settings
+from beit3.model.released_files import listed, read_official, shown
 from beit3.model.transformer import MultiwayTransformer
 
 _POSITIONS = "vision_embedding.positions"
 _FINAL_NORM = re.compile(r"(backbone\.)?norm\.")
+_BLOCK = re.compile(r"(?:backbone\.)?blocks\.(\d+)\.")
+_WITHOUT_FINAL_NORM = ("classification", "vqa")
+"""Released task models that have no norm after the last block."""
 logger = logging.getLogger(__name__)
 
 
@@ -45,11 +51,14 @@ def load_model(
         source: folder written by `save_pretrained` or a run, "hf-hub:organisation/name[@revision]", or a file of the
             released layout: `.pth` (also under a `.zip` name), `.safetensors`, DeepSpeed's checkpoint folders.
         task: None takes what the source holds; "backbone" drops its heads; another task gets its heads at random,
-            which needs `strict=False`.
+            which needs `strict=False`. As in the released code, the final norms of a decoupled model are dropped for
+            "classification" and "vqa", whose heads have norms of their own.
         image_size: None keeps the source's resolution; another one (height and width, or a side) interpolates
-            the vision position table, and the log says so.
+            the vision position table, and the log says so. For a released file whose table fits no square it is the
+            size that the table was made for.
         parts: "vision" or "text" keeps one tower and drops the other.
-        strict: an error names every missing or unexpected tensor; False leaves missing ones random.
+        strict: an error names every missing or unknown tensor; False starts missing ones at random and drops unknown
+            ones, and the log names both. A tensor of another shape is an error anyway, and so is a missing layer.
 
     Returns:
         The model in eval mode, fp32, on the CPU.
@@ -58,7 +67,13 @@ def load_model(
         DataMissingError: the source does not exist.
         ConfigError: the source is damaged, of another kind, or does not fit the task.
     """
-    stored = _read(local_path(source))
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    is_pair = isinstance(size, (tuple, list)) and [type(side) for side in size] == [int, int]
+    require(
+        size is None or is_pair,
+        f"image_size must be a side in pixels, or height and width, not {image_size!r:.60}",
+    )
+    stored = _read(local_path(source), heads=task != "backbone", image_size=size, strict=strict)
     wanted = stored.task if task is None else (None if task == "backbone" else task)
     if wanted != stored.task:
         if wanted is not None and strict:
@@ -66,10 +81,9 @@ def load_model(
                 f"{source} holds {'a backbone' if stored.task is None else f'a {stored.task} model'}, not a {wanted} "
                 "model: pass strict=False to start with random heads"
             )
-        state = _with_prefix(_backbone_state(stored), wanted)
-        stored = replace(stored, task=wanted, state=state, options={})
-    if image_size is not None:
-        stored = _resize(stored, (image_size, image_size) if isinstance(image_size, int) else image_size)
+        stored = _without_heads(stored, wanted)
+    if size is not None:
+        stored = _resize(stored, size, str(source))
     return _fill(stored, parts, strict, str(source)).eval()
 
 
@@ -87,9 +101,10 @@ def fill_model(model: AnyModel, source: str | Path) -> None:
         DataMissingError: the source does not exist.
         ConfigError: it is damaged, or its backbone has another shape.
     """
-    stored, own = _read(local_path(source)), model.model_config
+    own = model.model_config
+    stored = _read(local_path(source), image_size=own.image_size)
     if stored.config.image_size != own.image_size and stored.config.patch_size == own.patch_size:
-        stored = _resize(stored, own.image_size)
+        stored = _resize(stored, own.image_size, str(source))
     free = ("drop_path", "activation_checkpointing", "final_norm")
     same = replace(stored.config, **{name: getattr(own, name) for name in free})
     if same != own:
@@ -102,7 +117,7 @@ def fill_model(model: AnyModel, source: str | Path) -> None:
     if stored.config.final_norm != own.final_norm:
         state = {name: value for name, value in state.items() if not _FINAL_NORM.match(name)}
         state |= {name: value for name, value in target.state_dict().items() if _FINAL_NORM.match(name)}
-    _check_fits(target, state, strict=True, source=str(source))
+    check_tensors(state, _shapes(target), f"{source}: its weights")
     target.load_state_dict(state)
 
 
@@ -118,19 +133,19 @@ class _Stored:
     part: Part | None = None
 
 
-def _read(source: Path) -> _Stored:
+def _read(
+    source: Path, *, heads: bool = True, image_size: tuple[int, int] | None = None, strict: bool = True
+) -> _Stored:
     if (source / CONFIG_FILE).is_file():
-        settings = read_settings(source)
-        return _Stored(
-            config=parse_model_config(settings, source),
-            state=read_tensors(source),
-            task=settings.get("task"),
-            options=settings.get("heads") or {},
-            part=settings.get("part"),
-        )
+        config, task, options, part = parse_model_settings(read_settings(source), source)
+        state = read_tensors(source)
+        _check_layers(config, state, source)
+        return _Stored(config=config, state=state, task=task, options=options, part=part)
+    if source.is_file() and is_weights(source.name) and is_exchange(source.parent):
+        raise ConfigError(f"{source} is one file of an exchange folder: give the folder {source.parent}")
     tensors = read_official(source)
     try:
-        converted = official.to_ours(tensors)
+        converted = official.to_ours(tensors, heads=heads, image_size=image_size, strict=strict)
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from error
     return _Stored(
@@ -138,36 +153,59 @@ def _read(source: Path) -> _Stored:
     )
 
 
+def _check_layers(config: ModelConfig, state: Mapping[str, Tensor], source: Path) -> None:
+    """Refuse a number of layers that the weights do not have, before as many are built."""
+    held = len({match[1] for name in state if (match := _BLOCK.match(name))})
+    require(
+        held == config.num_layers,
+        f"{source}: config.json describes {config.num_layers} layers, the weights hold {held}: copy the folder again",
+    )
+
+
+def _without_heads(stored: _Stored, task: str | None) -> _Stored:
+    """The backbone alone, named as in a model of another task."""
+    state, config = _backbone_state(stored), stored.config
+    if task in _WITHOUT_FINAL_NORM and config.attention == "decoupled":
+        config = replace(config, final_norm=False)
+        state = {name: value for name, value in state.items() if not _FINAL_NORM.match(name)}
+    return replace(stored, config=config, task=task, state=_with_prefix(state, task), options={})
+
+
 def _fill(stored: _Stored, part: Part | None, strict: bool, source: str) -> AnyModel:
     """Build the model around the stored tensors: without copies where all are there, from random weights otherwise."""
+
+    def build() -> AnyModel:
+        try:
+            model = build_model(stored.config, stored.task, **stored.options)
+        except ConfigError as error:
+            raise ConfigError(f"{source}: {shown(error, 300)}") from error
+        except (RuntimeError, TypeError, OverflowError) as error:  # torch's, at sizes that no tensor can have
+            raise ConfigError(f"{source} describes a model that cannot be built: {shown(error)}") from error
+        if stored.part is not None:
+            keep_part(model, stored.part)
+        return model
+
     with torch.device("meta"):
-        model = build_model(stored.config, stored.task, **stored.options)
-    if stored.part is not None:
-        keep_part(model, stored.part)
-    complete = _check_fits(model, stored.state, strict=strict, source=source)
-    if not complete:
-        model = build_model(stored.config, stored.task, **stored.options)
+        model = build()
+    shapes = _shapes(model)
+    check_tensors(stored.state, shapes, f"{source}: its weights", strict=strict)
+    missing = [name for name in shapes if name not in stored.state]
+    if missing:
+        model = build()
     if part is not None:
         keep_part(model, part)
     needed = model.state_dict()
+    if random := [name for name in missing if name in needed]:
+        logger.warning("%s: random weights in %s", source, listed(random))
     # No copy of what is fp32 already; and the file is not read for a tower that was dropped.
     state = {name: value.float() for name, value in stored.state.items() if name in needed}
     _check_finite(state, source)
-    model.load_state_dict(state, strict=False, assign=complete)
+    model.load_state_dict(state, strict=False, assign=not missing)
     return model
 
 
-def _check_fits(model: nn.Module, state: dict[str, Tensor], *, strict: bool, source: str) -> bool:
-    """Refuse tensors that a model has no place for, or that it lacks if `strict`; returns whether it lacks none."""
-    expected = model.state_dict()
-    missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
-    wrong = sorted(name for name in expected.keys() & state.keys() if expected[name].shape != state[name].shape)
-    if unexpected or wrong or (missing and strict):
-        raise ConfigError(
-            f"{source} does not fit its configuration: missing {missing}, unexpected {unexpected}, "
-            f"of another shape {wrong}"
-        )
-    return not missing
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in model.state_dict().items()}
 
 
 def _check_finite(state: dict[str, Tensor], source: str) -> None:
@@ -176,10 +214,7 @@ def _check_finite(state: dict[str, Tensor], source: str) -> None:
     suspects = [name for name, value in state.items() if not value.sum().isfinite()]
     broken = [name for name in suspects if not state[name].isfinite().all()]
     if broken:
-        more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
-        raise ConfigError(
-            f"{source} holds NaN or infinity in {', '.join(broken[:3])}{more}: take an earlier checkpoint"
-        )
+        raise ConfigError(f"{source} holds NaN or infinity in {listed(broken, 3)}: take an earlier checkpoint")
 
 
 def _backbone_state(stored: _Stored) -> dict[str, Tensor]:
@@ -193,12 +228,14 @@ def _with_prefix(state: dict[str, Tensor], task: str | None) -> dict[str, Tensor
     return state if task is None else {f"backbone.{name}": value for name, value in state.items()}
 
 
-def _resize(stored: _Stored, size: tuple[int, int]) -> _Stored:
+def _resize(stored: _Stored, size: tuple[int, int], source: str) -> _Stored:
     """Interpolate the vision position table for another image size, and say so."""
     resized = replace(stored.config, image_size=size)
     name = next((name for name in stored.state if name.endswith(_POSITIONS)), None)
     if name is None or resized.grid == stored.config.grid:
         return replace(stored, config=resized)
+    wanted = (stored.config.num_patches + 1 + POSITION_OFFSET, stored.config.width)
+    check_tensors({name: stored.state[name]}, {name: wanted}, f"{source}: its weights")
     (old_rows, old_columns), (rows, columns) = stored.config.grid, resized.grid
     logger.warning(
         "vision positions interpolated (bicubic) from %d x %d to %d x %d patches", old_rows, old_columns, rows, columns

@@ -20,10 +20,10 @@ from torch.utils.checkpoint import checkpoint
 from beit3.model.attention import Backend, Plan, plan_attention
 from beit3.model.cache import LayerCache
 from beit3.model.embeddings import TextEmbedding, VisionEmbedding
-from beit3.model.exchange import PretrainedModel
 from beit3.model.multiway import AttentionInput, AttentionOutput, FeedForward, MultiwayBlock
 from beit3.model.packing import Layout, PackedBatch, pack_texts
 from beit3.model.presets import ModelConfig
+from beit3.model.pretrained import PretrainedModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class PackedOutput:
 
     def image_rows(self) -> Tensor:
         """The vision stream as (Bi, 1 + N, D)."""
-        return self.vision.view(self.layout.num_images, self.layout.vision_length, -1)
+        return self.vision.view(self.layout.num_images, self.layout.vision_length, self.vision.shape[1])
 
     def first_text_rows(self) -> Tensor:
         """The state of `<s>` of every text, (Bt, D); texts must not be empty."""
@@ -117,7 +117,7 @@ class MultiwayTransformer(PretrainedModel):
             num_pairs=0 if images is None else images.shape[0],
         )
         packed = self.forward_packed(batch, causal_text=causal_text)
-        rows = order.repeat_interleave(torch.tensor(lengths, device=order.device))
+        rows = order.repeat_interleave(torch.tensor(lengths, dtype=torch.int64, device=order.device))
         text = packed.text.new_zeros(*text_ids.shape, packed.text.shape[-1])
         text = text.index_put((rows, positions), packed.text)
         if images is None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from beit3.data.preprocess import Preprocess
-from beit3.model.exchange import PretrainedModel
+from beit3.data.source import TOKENIZER_FILE
+from beit3.model.pretrained import PretrainedModel
 from beit3.tokenizer.text import TextTokenizer
 
 
@@ -19,4 +20,4 @@ def export_model(model: PretrainedModel, tokenizer: TextTokenizer, max_text_leng
         folder: where.
     """
     preprocess = Preprocess(image_size=model.model_config.image_size, max_text_length=max_text_length)
-    model.save_pretrained(folder, files={"tokenizer.spm": tokenizer.model, **preprocess.file()})
+    model.save_pretrained(folder, files={TOKENIZER_FILE: tokenizer.model, **preprocess.file()})

@@ -8,7 +8,6 @@ interrupted run is taken up by the same command.
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import shutil
@@ -18,9 +17,9 @@ import uuid
 import zipfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -29,9 +28,6 @@ from torch import Tensor
 
 from beit3 import __version__
 from beit3.config import require
-from beit3.data.images import decode_image
-from beit3.data.preprocess import Preprocess
-from beit3.data.raw_sources import MAX_MEMBER_BYTES
 from beit3.errors import BadSampleError, DataMissingError
 from beit3.predict import Predictor, load
 from beit3.search.index import (
@@ -43,12 +39,12 @@ from beit3.search.index import (
     Vectors,
     fingerprint,
     import_faiss,
+    stamp,
     write_rows,
 )
-from beit3.search.pictures import LeftOut, Picture, find_pictures, printable
+from beit3.search.pictures import LeftOut, Picture, find_pictures, printable, read_pictures
 
 _BATCH = 64
-_THREADS = min(8, os.cpu_count() or 1)
 _SECONDS_A_PART = 30.0
 """Longest work that a killed process loses."""
 
@@ -77,7 +73,14 @@ class EmbedReport:
 
 
 def embed_folder(
-    folder: Path | str, source: str | Path, out: Path | str, *, update: bool = False, device: str = "auto"
+    folder: Path | str,
+    source: str | Path,
+    out: Path | str,
+    *,
+    update: bool = False,
+    image_size: int | None = None,
+    tokenizer: str | Path | None = None,
+    device: str = "auto",
 ) -> EmbedReport:
     """Embed all pictures below a folder and write the index.
 
@@ -88,6 +91,8 @@ def embed_folder(
         source: of the model, as `beit3.load` takes it.
         out: folder of the index.
         update: bring an existing index up to date: only new and changed pictures (by size and time) are embedded.
+        image_size: side in pixels that pictures are seen at; None keeps the model's own.
+        tokenizer: `.spm` file that queries are read with; None takes the model's own.
         device: where the model runs; `auto` takes CUDA, then MPS, then the CPU.
 
     Raises:
@@ -95,10 +100,11 @@ def embed_folder(
         ConfigError: `out` exists and may not be updated, or faiss is not installed.
     """
     folder, out = Path(folder), Path(out)
-    faiss = import_faiss()
+    import_faiss()  # if it is not there, nothing begins
     old = _claim(out, update)
     found, left_out = find_pictures(folder)
-    predictor = load(source, device=device)
+    mark = stamp(source)
+    predictor = load(source, device=device, image_size=image_size, tokenizer=tokenizer)
     digest = fingerprint(predictor)
     if old is not None:
         _check_same(old, out, folder, digest, found)
@@ -109,24 +115,30 @@ def embed_folder(
     pictures = [picture for picture in found if picture in known]
     if not pictures:
         raise DataMissingError(f"none of {len(found):,} pictures in {folder} can be read, such as {left_out[0].path}")
-    vectors = np.stack([known[picture] for picture in pictures])
-    inner_products = faiss.IndexFlatIP(vectors.shape[1])
-    inner_products.add(vectors)
-    settings = IndexSettings(
+    index = _make_index(
+        pictures,
+        known,
         model=os.path.abspath(source) if os.path.exists(source) else str(source),
         fingerprint=digest,
-        width=vectors.shape[1],
-        count=len(pictures),
+        stamp=mark,
+        image_size=image_size,
+        tokenizer=None if tokenizer is None else os.path.abspath(tokenizer),
         folder=os.path.abspath(folder),
-        beit3=__version__,
     )
-    index = Index(settings, pictures, vectors, inner_products)
     left_out.sort()
     _publish(out, index, left_out)
     shutil.rmtree(partial, ignore_errors=True)
     kept = sum(picture in before for picture in pictures)
     dropped = len({picture.path for picture in before} - {picture.path for picture in pictures})
     return EmbedReport(index, len(pictures) - kept, kept, dropped, left_out)
+
+
+def _make_index(pictures: Sequence[Picture], known: Mapping[Picture, Vectors], **settings: Any) -> Index:
+    vectors = np.stack([known[picture] for picture in pictures])
+    inner_products = import_faiss().IndexFlatIP(vectors.shape[1])
+    inner_products.add(vectors)
+    made = IndexSettings(width=vectors.shape[1], count=len(pictures), beit3=__version__, **settings)
+    return Index(made, pictures, vectors, inner_products)
 
 
 def _beside(out: Path, what: str) -> Path:
@@ -189,35 +201,17 @@ def _embed(
     predictor: Predictor, folder: Path, todo: Sequence[Picture], left_out: list[LeftOut]
 ) -> Iterator[tuple[int, dict[Picture, Vectors]]]:
     """Embed batch by batch, while threads read the next one; yields pictures tried, and vectors."""
-    chunks = [todo[start : start + _BATCH] for start in range(0, len(todo), _BATCH)]
-    with ThreadPoolExecutor(_THREADS) as pool:
-
-        def read(chunk: Sequence[Picture]) -> list[Future[Tensor]]:
-            return [pool.submit(_read, folder, picture, predictor.preprocess) for picture in chunk]
-
-        coming = read(chunks[0]) if chunks else []
-        for chunk, following in itertools.pairwise([*chunks, []]):
-            now, coming = coming, read(following)
-            images: dict[Picture, Tensor] = {}
-            for picture, reading in zip(chunk, now, strict=True):
-                try:
-                    images[picture] = reading.result()
-                except BadSampleError as error:
-                    left_out.append(LeftOut(picture.path, error.reason))
-            vectors = predictor.embed_images(list(images.values())).numpy()
-            require(bool(np.isfinite(vectors).all()), "the model's vectors are not finite: its weights are broken")
-            yield len(chunk), dict(zip(images, vectors, strict=True))
-
-
-def _read(folder: Path, picture: Picture, preprocess: Preprocess) -> Tensor:
-    """Read a picture at the model's size, uint8 (3, H, W): large photographs do not fill the memory."""
-    if picture.size > MAX_MEMBER_BYTES:
-        raise BadSampleError("too_large")
-    try:
-        data = (folder / picture.path).read_bytes()
-    except OSError as error:
-        raise BadSampleError("unreadable_file", str(error)) from error
-    return preprocess(decode_image(data))
+    paths = {folder / picture.path: picture for picture in todo}
+    for batch in read_pictures(list(paths), predictor.preprocess, _BATCH):
+        images: dict[Picture, Tensor] = {}
+        for path, read in batch:
+            if isinstance(read, BadSampleError):
+                left_out.append(LeftOut(paths[path].path, read.reason))
+            else:
+                images[paths[path]] = read
+        vectors = predictor.embed_images(list(images.values())).numpy()
+        require(bool(np.isfinite(vectors).all()), "the model's vectors are not finite: its weights are broken")
+        yield len(batch), dict(zip(images, vectors, strict=True))
 
 
 def _write_part(partial: Path, digest: str, part: Mapping[Picture, Vectors]) -> None:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from beit3.config import config, require
 from beit3.data.shards import IMAGE_SUFFIXES
+from beit3.data.source import find_source
 from beit3.errors import ConfigError, DataMissingError
 from beit3.predict import Predictor
 from beit3.search.pictures import LeftOut, Picture, suffix_of
@@ -61,6 +62,12 @@ class IndexSettings:
     """Where the pictures lay, absolute."""
     beit3: str
     """Version that wrote the index."""
+    stamp: str = ""
+    """Of the model's files, see `stamp`; empty: unknown."""
+    image_size: int | None = None
+    """Side in pixels that the model was loaded with, and queries are; None: its own."""
+    tokenizer: str | None = None
+    """`.spm` file that the model was loaded with, absolute; None: its own."""
     format_version: int = FORMAT_VERSION
 
 
@@ -130,9 +137,17 @@ class Index:
         """Where the picture of a row lies."""
         return Path(self.settings.folder, self.pictures[row].path)
 
-    def made_with(self, predictor: Predictor) -> bool:
-        """Whether this is the model of the index; another one's vectors are of another space, though as wide."""
-        return fingerprint(predictor) == self.settings.fingerprint
+    def made_with(self, predictor: Predictor, source: str | Path) -> bool:
+        """Whether this is the model of the index; another one's vectors are of another space, though as wide.
+
+        Files that nobody touched since hold the same weights; of others the weights are compared.
+
+        Args:
+            predictor: loaded with the `image_size` of the settings.
+            source: what it was loaded from.
+        """
+        untouched = bool(self.settings.stamp) and self.settings.stamp == stamp(source)
+        return untouched or fingerprint(predictor) == self.settings.fingerprint
 
     def search(self, vectors: Tensor | Vectors, k: int = 10) -> list[list[Hit]]:
         """Find the pictures with the largest inner products.
@@ -187,12 +202,13 @@ def embed_queries(predictor: Predictor, queries: Sequence[str]) -> Tensor:
         DataMissingError: a query reads like the path of a picture that does not exist.
         ConfigError: a query is empty, a picture cannot be read, or the model reads no text.
     """
-    rows = []
-    for query in queries:
-        require(bool(query.strip()), "a query is empty: give a sentence or the path of a picture")
-        embedded = predictor.embed_images([query]) if names_picture(query) else predictor.embed_texts([query])
-        rows.append(embedded)
-    return torch.cat(rows)
+    require(all(query.strip() for query in queries), "a query is empty: give a sentence or the path of a picture")
+    rows = torch.empty(len(queries), predictor.model.model_config.width)
+    pictures = torch.tensor([names_picture(query) for query in queries], dtype=torch.bool)
+    for chosen, embed in ((pictures, predictor.embed_images), (~pictures, predictor.embed_texts)):
+        if chosen.any():
+            rows[chosen] = embed([query for query, taken in zip(queries, chosen.tolist(), strict=True) if taken])
+    return rows
 
 
 def names_picture(query: str) -> bool:
@@ -208,6 +224,24 @@ def fingerprint(predictor: Predictor) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
+
+
+def stamp(source: str | Path) -> str:
+    """Hash of which files a model lies in, their sizes and times of change; 16 hexadecimal digits.
+
+    Nothing of the files is read, so this is quick; a copy of a model has another stamp. Empty for other folders than
+    exchange folders.
+    """
+    found = find_source(source)
+    files = [found.path]
+    if found.is_folder:
+        files = sorted(file for file in found.path.iterdir() if file.suffix in (".json", ".safetensors"))
+    elif found.path.is_dir():
+        return ""
+    seen = [
+        (file.name, status.st_ino, status.st_size, status.st_mtime_ns) for file in files for status in [file.stat()]
+    ]
+    return hashlib.sha256(repr(seen).encode()).hexdigest()[:16]
 
 
 def import_faiss() -> Any:

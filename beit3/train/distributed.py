@@ -53,10 +53,12 @@ def choose_device(name: str) -> torch.device:
             name = "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise ConfigError(f"device '{name}' is unknown: use auto, cpu, cuda, cuda:N or mps") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device '{name}' is not available here: use --device cpu")
+    try:
+        float(torch.zeros(1, device=device))  # only use tells whether a device is there
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device '{name}' is not available here: use --device cpu") from error
     return device
 
 

@@ -174,10 +174,11 @@ def test_saving_writes_the_exchange_folder_again(task: str | None, write: Write,
     folder, copy = write(task), tmp_path / "parent" / "copy"
     (copy / "checkpoint-5").mkdir(parents=True)
     (copy / "model.safetensors.index.json").write_text("{}")
+    (copy / "model_ema.safetensors").write_text("somebody's")
     processor_of(folder).save_pretrained(copy)
     AutoModel.from_pretrained(folder).save_pretrained(copy)
     names = {path.name for path in copy.iterdir()}
-    assert names == {path.name for path in folder.iterdir()} | {"checkpoint-5"}
+    assert names == {path.name for path in folder.iterdir()} | {"checkpoint-5", "model_ema.safetensors"}
     for name in ("config.json", "preprocess.json", "tokenizer.spm"):
         assert (copy / name).read_bytes() == (folder / name).read_bytes()
     first, again = beit3.load_model(folder).state_dict(), beit3.load_model(copy).state_dict()
@@ -219,14 +220,68 @@ def test_the_fast_tokenizer_lives_in_the_same_folder(write: Write, tokenizer: Te
 def test_a_name_of_the_hub_is_downloaded_by_the_hub_library(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def download(name: str, revision: str | None = None, **_: Any) -> str:
-        asked.append((name, revision))
+    def download(name: str, *, allow_patterns: list[str], **options: Any) -> str:
+        assert "*.safetensors" in allow_patterns
+        asked.append((name, options))
         return str(write("retrieval"))
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     assert Beit3Model.from_pretrained("somebody/beit3").model.task == "retrieval"
     assert Beit3Processor.from_pretrained("somebody/beit3", revision="v2").preprocess.image_size == (24, 16)
-    assert asked == [("somebody/beit3", None), ("somebody/beit3", "v2")]
+    private: dict[str, Any] = {
+        "token": "secret",
+        "cache_dir": "/elsewhere",
+        "local_files_only": True,
+        "force_download": False,
+    }
+    Beit3Model.from_pretrained("somebody/beit3", trust_remote_code=False, adapter_kwargs=None, **private)
+    Beit3Processor.from_pretrained("somebody/beit3", _from_auto=True, **private)
+    assert asked == [
+        ("somebody/beit3", {"revision": None}),
+        ("somebody/beit3", {"revision": "v2"}),
+        ("somebody/beit3", {"revision": None, **private}),
+        ("somebody/beit3", {"revision": None, **private}),
+    ]
+
+
+def test_options_of_the_hub_go_through_the_auto_classes(write: Write, tmp_path: Path) -> None:
+    folder, options = write("retrieval"), {"token": "x", "cache_dir": str(tmp_path), "local_files_only": True}
+    assert AutoModel.from_pretrained(folder, **options).model.task == "retrieval"
+    assert isinstance(AutoProcessor.from_pretrained(folder, **options), Beit3Processor)  # type: ignore[no-untyped-call]
+
+
+@torch.no_grad()
+def test_a_tuple_is_returned_when_asked_for(write: Write) -> None:
+    model, batch = AutoModel.from_pretrained(write("vqa")), inputs()
+    whole, (logits,) = model(**batch, return_dict=True), model(**batch, return_dict=False)
+    assert torch.equal(whole.logits, logits)
+
+
+@torch.no_grad()
+def test_nothing_in_is_nothing_out(write: Write) -> None:
+    folder = write("retrieval")
+    batch = processor_of(folder)(images=[], text=[])
+    assert batch["pixel_values"].shape == (0, 3, 24, 16)
+    out = AutoModel.from_pretrained(folder)(**batch)
+    assert (out.image_embeds.shape, out.text_embeds.shape) == ((0, 32), (0, 32))
+
+
+def test_an_image_tower_needs_no_tokenizer(write: Write, tmp_path: Path) -> None:
+    folder = write("retrieval")
+    files = {"preprocess.json": (folder / "preprocess.json").read_bytes()}
+    beit3.load_model(folder, parts="vision").save_pretrained(tmp_path / "tower", files)
+    processor = processor_of(tmp_path / "tower")
+    assert processor(images=pictures())["pixel_values"].shape == (2, 3, 24, 16)
+    with pytest.raises(ConfigError, match="reads no text"):
+        processor(text="a red cat")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("task", [None, "retrieval"])
+def test_text_features_of_texts_padded_on_the_left_are_refused(task: str | None, write: Write) -> None:
+    model, batch = AutoModel.from_pretrained(write(task)), inputs()
+    with pytest.raises(ValueError, match="begins with padding"):
+        model.get_text_features(batch["input_ids"], batch["attention_mask"].flip(1))
 
 
 @pytest.mark.parametrize(
@@ -274,6 +329,11 @@ def test_options_that_would_be_ignored_are_refused(write: Write, tmp_path: Path)
     folder = write(None)
     with pytest.raises(ConfigError, match="load_in_8bit: not an option here"):
         AutoModel.from_pretrained(folder, load_in_8bit=True)
+    for kind in (Beit3Model, Beit3Processor):
+        with pytest.raises(ConfigError, match="proxies, subfolder: not an option here"):
+            kind.from_pretrained(folder, subfolder="inner", proxies={"http": "x"})
+    with pytest.raises(ConfigError, match="use_fast: not an option of a processor"):
+        Beit3Processor.from_pretrained(folder, use_fast=True)
     with pytest.raises(ConfigError, match="push_to_hub: not an option here"):
         AutoModel.from_pretrained(folder).save_pretrained(tmp_path / "copy", push_to_hub=True)
     assert not (tmp_path / "copy").exists()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -238,7 +240,7 @@ def test_a_released_file_without_its_tokenizer_says_what_to_do(vqa_file: Path, p
     vqa_file.with_name("beit3.spm").rename(vqa_file.with_name("other.spm"))
     predictor = beit3.load(vqa_file, device="cpu")
     assert predictor.embed_images(pictures).shape == (5, 64)
-    with pytest.raises(ConfigError, match=r"no beit3\.spm lies beside it"):
+    with pytest.raises(ConfigError, match=r"beit3\.spm lies with it; name one: beit3\.load\(\.\.\., tokenizer=\)"):
         predictor.answer(pictures[0], "what?")
     given = beit3.load(vqa_file, device="cpu", tokenizer=vqa_file.with_name("other.spm"))
     assert len(given.answer(pictures[0], "what?")) == 3
@@ -270,3 +272,227 @@ def test_imagenet_classes_have_their_names(build: Callable[..., Predictor], tmp_
     assert predictor.labels is not None
     assert "tench" in predictor.labels[0]
     assert predictor.preprocess.resize == "crop"
+
+
+def test_embeddings_train_a_layer_and_are_changed_in_place(
+    build: Callable[..., Predictor], pictures: list[Image.Image]
+) -> None:
+    predictor = build("retrieval")
+    for vectors in (predictor.embed_images(pictures), predictor.embed_texts(QUESTIONS)):
+        layer = torch.nn.Linear(64, 3)
+        layer(vectors).sum().backward()
+        assert layer.weight.grad is not None
+        assert torch.equal(vectors.mul_(2), vectors)
+
+
+@pytest.mark.parametrize("task", ["retrieval", "pretraining"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_lengths_are_one_in_half_precision_too(
+    task: str, dtype: torch.dtype, build: Callable[..., Predictor], pictures: list[Image.Image]
+) -> None:
+    predictor = build(task)
+    half = Predictor(predictor.model.to(dtype), predictor.tokenizer, predictor.preprocess)
+    for vectors in (half.embed_images(pictures), half.embed_texts(QUESTIONS)):
+        assert vectors.dtype == torch.float32
+        torch.testing.assert_close(vectors.norm(dim=-1), torch.ones(5), rtol=0, atol=1e-6)
+
+
+def test_one_picture_or_text_instead_of_a_list_is_refused(
+    build: Callable[..., Predictor], pictures: list[Image.Image]
+) -> None:
+    predictor: Any = build("retrieval")
+    for single in ("a.png", Path("a.png"), pictures[0], torch.zeros(3, 24, 24), torch.zeros(3, 24, 24).numpy(), b"png"):
+        with pytest.raises(ConfigError, match=r"give a list of pictures: \[picture\] for one"):
+            predictor.embed_images(single)
+    for nothing in (None, 3):
+        with pytest.raises(ConfigError, match=f"give a list of pictures, not a {type(nothing).__name__}"):
+            predictor.embed_images(nothing)
+    with pytest.raises(ConfigError, match="give a list of texts"):
+        predictor.embed_texts("a cat")
+    with pytest.raises(ConfigError, match="give a list of pictures"):
+        build("classification", num_classes=3).classify(pictures[0])  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="give a list of pictures"):
+        build("captioning").caption("a.png")
+
+
+def test_generators_are_read_like_lists(build: Callable[..., Predictor], pictures: list[Image.Image]) -> None:
+    predictor = build("retrieval")
+    assert torch.equal(predictor.embed_images(picture for picture in pictures), predictor.embed_images(pictures))
+    assert torch.equal(predictor.embed_texts(text for text in QUESTIONS), predictor.embed_texts(QUESTIONS))
+    assert len(build("captioning").caption((picture for picture in pictures), max_length=5)) == 5
+
+
+def test_what_is_no_text_is_refused_and_an_empty_one_is_read(
+    build: Callable[..., Predictor], pictures: list[Image.Image]
+) -> None:
+    predictor: Any = build("retrieval")
+    for wrong in (None, 3, b"cat"):
+        with pytest.raises(ConfigError, match=f"a text must be a str, not {type(wrong).__name__}"):
+            predictor.embed_texts(["a cat", wrong])
+    assert torch.equal(predictor.embed_texts(["\0"]), predictor.embed_texts([""]))
+    filler = build("pretraining", codebook_size=9)
+    assert filler.fill_mask("a\0  cat <mask>") == filler.fill_mask("a cat <mask>")
+
+
+def test_numbers_of_answers_are_checked(build: Callable[..., Predictor], pictures: list[Image.Image]) -> None:
+    classes, answers, words = (
+        build("classification", num_classes=3),
+        build("vqa", num_answers=3),
+        build("pretraining", codebook_size=9),
+    )
+    for top in (-1, 0, 2.5):
+        wrong: Any = top
+        for ask in (
+            lambda top: classes.classify(pictures, top=top),
+            lambda top: answers.answer(pictures[0], "who?", top=top),
+            lambda top: words.fill_mask("a <mask>", top=top),
+        ):
+            with pytest.raises(ConfigError, match="top must be a whole number of at least 1"):
+                ask(wrong)
+    (ranking,) = words.fill_mask("a <mask>", top=10**6)
+    assert len(ranking) == words.tokenizer.mask_id
+    assert math.fsum(chance for _, chance in ranking) == pytest.approx(1, abs=1e-5)
+
+
+def test_captions_come_with_scores_and_as_the_released_code_writes_them(
+    build: Callable[..., Predictor], pictures: list[Image.Image]
+) -> None:
+    predictor = build("captioning")
+    model: Any = predictor.model
+    with torch.no_grad():
+        model.mlm_head.bias[3] = 40  # <unk>
+    pixel_rows = torch.cat([pixels(predictor, image) for image in pictures])
+    for official in (False, True):
+        expected = model.generate(pixel_rows, max_length=8, mask_id=predictor.tokenizer.mask_id, official=official)
+        found = predictor.caption_scores(pictures, max_length=8, official=official)
+        assert [score for _, score in found] == pytest.approx(expected.scores.tolist(), rel=1e-4)
+        assert predictor.caption(pictures, max_length=8, official=official) == [text for text, _ in found]
+        assert all(("<unk>" in text) == official for text, _ in found)
+
+
+def test_captions_and_answers_are_the_same_from_many_threads(
+    build: Callable[..., Predictor], pictures: list[Image.Image]
+) -> None:
+    writer, expert = build("captioning"), build("vqa", num_answers=7)
+    captions = writer.caption_scores(pictures, max_length=7)
+    answers = expert.answer(list(pictures), list(QUESTIONS), top=3)
+
+    def same(number: int) -> bool:
+        if number % 2:
+            return writer.caption_scores(pictures, max_length=7) == captions
+        return expert.answer(list(pictures), list(QUESTIONS), top=3) == answers
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(same, range(24)))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_gpu_gives_the_answers_of_the_cpu(
+    dtype: torch.dtype | None, build: Callable[..., Predictor], pictures: list[Image.Image], tmp_path: Path
+) -> None:
+    tolerance = 1e-3 if dtype is None else 0.06
+    build("retrieval").save_pretrained(tmp_path / "retrieval")
+    build("vqa", num_answers=3).save_pretrained(tmp_path / "vqa")
+    build("captioning").save_pretrained(tmp_path / "captioning")
+    near, far = (beit3.load(tmp_path / "retrieval", device, dtype) for device in ("cpu", "cuda"))
+    for one, other in (
+        (near.embed_images(pictures), far.embed_images(pictures)),
+        (near.embed_texts(QUESTIONS), far.embed_texts(QUESTIONS)),
+    ):
+        assert other.device.type == "cpu"
+        torch.testing.assert_close(one, other, atol=tolerance, rtol=0)
+    answers = [beit3.load(tmp_path / "vqa", device, dtype).answer(pictures[0], "who?") for device in ("cpu", "cuda")]
+    assert dict(answers[1]) == pytest.approx(dict(answers[0]), abs=tolerance)
+    assert len(beit3.load(tmp_path / "captioning", "cuda", dtype).caption(pictures, max_length=7)) == 5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "xpu"}, "device 'xpu' is not available here"),
+        ({"device": "mps"}, "device 'mps' is not available here"),
+        ({"device": "cuda:77"}, "device 'cuda:77' is not available here"),
+        ({"device": "meta"}, "device 'meta' is not available here"),
+        ({"device": "gpu"}, "device 'gpu' is unknown"),
+        ({"dtype": "bfloat16"}, "dtype must be one of torch.float32, .*, not 'bfloat16'"),
+        ({"dtype": torch.int8}, "dtype must be one of"),
+        ({"dtype": torch.complex64}, "dtype must be one of"),
+        ({"dtype": torch.float8_e4m3fn}, "dtype must be one of"),
+        ({"image_size": "48"}, "image_size is a side, or height and width, in pixels, not '48'"),
+        ({"image_size": 24.0}, "image_size is a side"),
+        ({"image_size": (24,)}, "image_size is a side"),
+        ({"image_size": True}, "image_size is a side"),
+        ({"image_size": 25}, "must divide by"),
+        ({"image_size": -24}, "model.image_size"),
+    ],
+)
+def test_options_that_cannot_be_followed_are_one_line(options: dict[str, Any], message: str, vqa_file: Path) -> None:
+    if options.get("device") == "mps" and torch.backends.mps.is_available():
+        pytest.skip("this machine has the device")
+    with pytest.raises(ConfigError, match=message) as caught:
+        beit3.load(vqa_file, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_image_size_as_a_list_is_one(vqa_file: Path) -> None:
+    sizes: Any = [32, 48]
+    predictor = beit3.load(vqa_file, device="cpu", image_size=sizes)
+    assert predictor.preprocess.image_size == predictor.model.model_config.image_size == (32, 48)
+
+
+def test_a_folder_without_preprocessing_is_prepared_as_released(
+    build: Callable[..., Predictor], pictures: list[Image.Image], tmp_path: Path
+) -> None:
+    predictor = build("classification", num_classes=3)
+    predictor.model.save_pretrained(tmp_path / "bare")
+    found = beit3.load(tmp_path / "bare", device="cpu")
+    assert found.preprocess == predictor.preprocess
+    for ranking, expected in zip(found.classify(pictures), predictor.classify(pictures), strict=True):
+        assert dict(ranking) == pytest.approx(dict(expected), abs=1e-5)
+
+
+def test_a_folder_without_its_tokenizer_embeds_pictures_and_says_what_texts_need(
+    build: Callable[..., Predictor], pictures: list[Image.Image], tmp_path: Path
+) -> None:
+    whole = build("retrieval")
+    Predictor(whole.model, None, whole.preprocess).save_pretrained(tmp_path / "model")
+    predictor = beit3.load(tmp_path / "model", device="cpu")
+    torch.testing.assert_close(predictor.embed_images(pictures), whole.embed_images(pictures), atol=1e-5, rtol=0)
+    with pytest.raises(ConfigError, match=r"has no text tokenizer: .* name one: beit3\.load\(\.\.\., tokenizer=\)"):
+        predictor.embed_texts(["a cat"])
+    tower = beit3.load(tmp_path / "model", device="cpu", parts="vision")
+    with pytest.raises(ConfigError, match="it is a vision tower alone"):
+        tower.embed_texts(["a cat"])
+    whole.tokenizer.save(tmp_path / "mine.spm")
+    given = beit3.load(tmp_path / "model", device="cpu", tokenizer=tmp_path / "mine.spm")
+    torch.testing.assert_close(given.embed_texts(["a cat"]), whole.embed_texts(["a cat"]), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image_size": [30, 30]}, r"preprocess\.json does not fit its model: .*patches of 8"),
+        ({"max_text_length": 64000}, r"preprocess\.json does not fit its model: max_text_length is 64000"),
+        ({"mean": [0.5, "x", 0.5]}, r"preprocess\.json is damaged"),
+        ({"std": [math.nan, 1, 1]}, r"preprocess\.json is damaged"),
+    ],
+)
+def test_preprocessing_that_does_not_fit_is_refused_before_the_first_question(
+    change: dict[str, Any], message: str, build: Callable[..., Predictor], tmp_path: Path
+) -> None:
+    build("vqa", num_answers=3).save_pretrained(tmp_path / "model")
+    file = tmp_path / "model" / "preprocess.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    with pytest.raises(ConfigError, match=message):
+        beit3.load(tmp_path / "model", device="cpu")
+
+
+def test_sources_that_are_none_are_one_line(build: Callable[..., Predictor], tmp_path: Path) -> None:
+    build("retrieval").save_pretrained(tmp_path / "model")
+    with pytest.raises(ConfigError, match=r"is one file of an exchange folder: give the folder"):
+        beit3.load(tmp_path / "model" / "model.safetensors")
+    for name in ("x" * 300, tmp_path / "none.pth"):
+        with pytest.raises(DataMissingError, match="does not exist: give an exchange folder"):
+            beit3.load(name)

@@ -21,6 +21,7 @@ from beit3.cli import run_command
 from beit3.data.emoji import load_cells
 from beit3.predict import Predictor
 from beit3.pretrain.export import export_model
+from beit3.search import index as index_module
 from beit3.search.embed import embed_folder
 from beit3.search.index import Index, IndexSettings
 from beit3.search.pictures import Picture
@@ -421,6 +422,61 @@ def test_a_model_that_moved_is_named_and_one_that_changed_is_noticed(
     assert said(["search", "idx", "a cat", "--model", "models/moved"], capsys) == lines
     os.rename("models/other", "models/one")
     assert "models/one has changed since idx was made" in complaint(["search", "idx", "a cat"], 2, capsys)
+
+
+def test_an_untouched_model_is_not_read_to_be_recognised(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said(EMBED, capsys)
+    lines = said(["search", "idx", "a cat"], capsys)
+    hashed: list[int] = []
+    whole = index_module.fingerprint
+
+    def counted(predictor: Predictor) -> str:
+        hashed.append(1)
+        return whole(predictor)
+
+    monkeypatch.setattr(index_module, "fingerprint", counted)
+    assert said(["search", "idx", "a cat"], capsys) == lines
+    assert hashed == []
+    os.utime("models/one/model.safetensors")
+    assert said(["search", "idx", "a cat"], capsys) == lines
+    assert len(hashed) == 1, "touched, yet the same"
+    weights = Path("models/one/model.safetensors")
+    times = weights.stat()
+    shutil.copy("models/other/model.safetensors", "models/swapped")
+    os.utime("models/swapped", ns=(times.st_atime_ns, times.st_mtime_ns))
+    os.replace("models/swapped", weights)
+    assert "models/one has changed since idx was made" in complaint(["search", "idx", "a cat"], 2, capsys)
+
+
+def test_queries_are_embedded_together_and_answered_in_their_order(
+    here: Path, capsys: pytest.CaptureFixture[str], seen: list[int]
+) -> None:
+    said(EMBED, capsys)
+    predictor = beit3.load("models/one", device="cpu")
+    paths = [f"pics/{path}" for path in stored()[0]]
+    queries = ["a cat", paths[0], "a dog", paths[1], paths[2]]
+    seen.clear()
+    found = index_module.embed_queries(predictor, queries)
+    assert seen == [3]
+    for query, row in zip(queries, found, strict=True):
+        alone = predictor.embed_images([query]) if query in paths else predictor.embed_texts([query])
+        torch.testing.assert_close(row, alone[0], atol=1e-5, rtol=0)
+
+
+def test_an_index_of_another_size_and_tokenizer_is_searched_with_them(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.rename("models/one/tokenizer.spm", "mine.spm")
+    said([*EMBED, "--image-size", "64", "--tokenizer", "mine.spm"], capsys)
+    paths, vectors = stored()
+    expected = beit3.load("models/one", device="cpu", image_size=64).embed_images(
+        [Path("pics", path) for path in paths]
+    )
+    np.testing.assert_allclose(vectors, expected.numpy(), atol=1e-5)
+    assert said(["search", "idx", f"pics/{paths[0]}", "--top", "1"], capsys) == [f"1.000  pics/{paths[0]}"]
+    assert len(said(["search", "idx", "a cat", "--top", "2"], capsys)) == 2
 
 
 def test_a_model_without_text_is_searched_with_pictures_alone(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

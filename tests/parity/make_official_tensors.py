@@ -14,9 +14,12 @@ All models share the backbone of `torchscale.safetensors`; every head is random 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import runpy
 import sys
+import tempfile
 import types
 import warnings
 from argparse import Namespace
@@ -37,6 +40,9 @@ NUM_CLASSES, NUM_ANSWERS, CODES = 7, 9, 24
 BOS, PAD, EOS, MASK = 0, 1, 2, 45
 """`<mask>` is followed by four unused ids, as in the released vocabulary."""
 WORDS = torch.tensor([[7, 30, 4, 12], [9, 9, 21, 40], [33, 5, 18, 6]])
+SIDES = (8, 20, 28)
+"""Of pictures to interpolate positions for; the backbone was made for 12."""
+POSITION_TABLE = "beit3.encoder.embed_positions.A.weight"
 KINDS = ("pretrained", "retrieval", "in1k", "vqa", "nlvr2", "captioning")
 
 
@@ -105,14 +111,14 @@ class _Pretrained(nn.Module):
         self.mim_head = nn.Linear(WIDTH, CODES)
 
 
-def build(kind: str, eos: float = 0.0) -> Any:
-    """Build a model of the released code with the stored backbone and random heads."""
+def build(kind: str, eos: float = 0.0, side: int | None = None) -> Any:
+    """Build a model of the released code with the stored backbone and random heads, or bare for another image side."""
     from torchscale.architecture.config import EncoderConfig
 
     code = released("modeling_finetune")
     torch.manual_seed(9)
     args = EncoderConfig(
-        img_size=BACKBONE["SIDE"],
+        img_size=side or BACKBONE["SIDE"],
         patch_size=BACKBONE["PATCH"],
         vocab_size=VOCAB,
         multiway=True,
@@ -134,6 +140,8 @@ def build(kind: str, eos: float = 0.0) -> Any:
         "captioning": lambda: code.BEiT3ForCaptioning(args),
     }
     model = builders[kind]()
+    if side is not None:
+        return model.eval()
     backbone = backbone_weights(args.normalize_output)
     assert {name for name in model.state_dict() if name.startswith("beit3.")} == backbone.keys()
     model.load_state_dict(backbone, strict=False)
@@ -158,6 +166,18 @@ def inputs() -> dict[str, Tensor]:
     """The backbone's inputs."""
     given: dict[str, Tensor] = BACKBONE["inputs"]()
     return given
+
+
+def interpolated(side: int) -> Tensor:
+    """The vision position table that the released loader makes for pictures of another side, from a pretrained file."""
+    utils = released("utils")
+    small, large = build("pretrained"), build("pretrained", side=side)
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        path = f"{folder}/pretrained.pth"
+        torch.save({"model": small.state_dict()}, path)
+        utils.load_model_and_may_interpolate(path, large, "model|module", "")
+    table: Tensor = large.state_dict()[POSITION_TABLE]
+    return table
 
 
 @torch.no_grad()
@@ -247,6 +267,7 @@ def main() -> None:
         tensors |= {f"outputs/{kind}/{name}": value for name, value in outputs(kind, model).items()}
     for name, search in SEARCHES.items():
         tensors |= {f"captions/{name}/{part}": value for part, value in captions(search).items()}
+    tensors |= {f"interpolated/{side}": interpolated(side) for side in SIDES}
     save_file({name: value.contiguous() for name, value in tensors.items()}, FILE)
     print(f"{FILE.name}: {len(tensors)} tensors, {FILE.stat().st_size / 1e6:.2f} MB")
 

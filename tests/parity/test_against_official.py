@@ -47,6 +47,21 @@ def test_answers_equal_the_released_code_run_now(kind: str, tmp_path: Path, stor
         _assert_equal(stored[f"outputs/{kind}/{name}"], value, "the stored tensors are out of date")
 
 
+@pytest.mark.parametrize("side", SCRIPT["SIDES"])
+def test_positions_are_interpolated_as_stored(side: int, tmp_path: Path, stored: dict[str, Tensor]) -> None:
+    _assert_positions(_weights("pretrained", stored), side, tmp_path, stored[f"interpolated/{side}"])
+
+
+@live
+@pytest.mark.parametrize("side", SCRIPT["SIDES"])
+def test_positions_are_interpolated_as_by_the_released_loader_run_now(
+    side: int, tmp_path: Path, stored: dict[str, Tensor]
+) -> None:
+    expected = SCRIPT["interpolated"](side)
+    _assert_positions(SCRIPT["build"]("pretrained").state_dict(), side, tmp_path, expected)
+    _assert_equal(stored[f"interpolated/{side}"], expected, "the stored tensors are out of date")
+
+
 @pytest.mark.parametrize("name", SEARCHES)
 def test_captions_equal_the_stored_ones(name: str, tmp_path: Path, stored: dict[str, Tensor]) -> None:
     weights = _weights("captioning", stored)
@@ -92,11 +107,20 @@ def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
-def _load(weights: dict[str, Tensor], folder: Path) -> Any:
+def _load(weights: dict[str, Tensor], folder: Path, **options: Any) -> Any:
     """Through a file in the released layout, as a user would."""
     path = folder / "released.pth"
     torch.save({"model": weights, "args": argparse.Namespace(lr=1e-3)}, path)
-    return beit3.load_model(path)
+    return beit3.load_model(path, **options)
+
+
+def _assert_positions(weights: dict[str, Tensor], side: int, folder: Path, expected: Tensor) -> None:
+    """The table of the model; and a picture of that size goes through."""
+    model = _load(weights, folder, image_size=side)
+    table = model.backbone.vision_embedding.positions.detach()
+    assert table.shape[0] == 3 + (side // SCRIPT["BACKBONE"]["PATCH"]) ** 2
+    _assert_equal(table, expected, f"positions for {side} pixels")
+    assert model.backbone(torch.randn(1, 3, side, side)).vision.shape[1] == table.shape[0] - 2
 
 
 @torch.no_grad()

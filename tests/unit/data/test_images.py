@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import http.server
 import io
+import socket
 import struct
 import threading
 import zlib
@@ -214,3 +215,92 @@ def test_addresses_are_read_only_if_asked(server: str, monkeypatch: pytest.Monke
 def test_other_addresses_are_never_read(address: str) -> None:
     with pytest.raises(ConfigError, match="http and https are read"):
         open_image(address, allow_urls=True)
+
+
+def test_a_picture_without_a_format_is_named_by_its_formats_alone() -> None:
+    with pytest.raises(BadSampleError) as caught:
+        decode_image(b"<html>")
+    assert str(caught.value) == "unreadable_image: no picture in JPEG, PNG, WEBP, GIF, BMP"
+
+
+def cut_picture() -> Image.Image:
+    return Image.open(io.BytesIO(encoded(Image.effect_noise((64, 64), 90))[:900]))
+
+
+def closed_picture() -> Image.Image:
+    image = Image.open(io.BytesIO(encoded(plain())))
+    image.close()
+    return image
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (cut_picture, "a PIL picture of mode L cannot be read"),
+        (closed_picture, "a PIL picture of mode RGB cannot be read"),
+        (lambda: Image.new("RGB", (0, 5)), "0 x 5 pixels shows nothing"),
+        (lambda: Image.new("I", (5, 5), 200), "must be uint8 or floats"),
+        (lambda: Image.new("F", (5, 5), 200.0), r"floats must lie in 0\.\.1"),
+        (lambda: None, "a NoneType is no picture: give a PIL picture, the path of a file"),
+        (lambda: b"png", "a bytes is no picture"),
+        (lambda: io.BytesIO(encoded(plain())), "a BytesIO is no picture"),
+        (lambda: [plain()], "a list is no picture"),
+        (lambda: torch.zeros(3, 4, 4, device="meta"), "is no picture"),
+        (lambda: torch.zeros(3, 4, 4).to_sparse(), "is no picture"),
+    ],
+)
+def test_what_is_no_picture_is_one_line(make: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        open_image(make())
+    assert "\n" not in str(caught.value)
+    assert " at 0x" not in str(caught.value)
+
+
+def test_premultiplied_grey_and_floats_are_seen_as_they_are() -> None:
+    assert open_image(Image.new("LA", (5, 5), (90, 255)).convert("La")).getpixel((0, 0)) == (90, 90, 90)
+    assert open_image(Image.new("F", (5, 5), 0.5)).getpixel((0, 0)) == (128, 128, 128)
+    values = torch.from_numpy(np.asarray(gradient()).copy()).permute(2, 0, 1) / 255
+    rounded = (values.bfloat16().float() * 255 + 0.5).to(torch.uint8).permute(1, 2, 0).numpy()
+    assert np.array_equal(np.asarray(open_image(values.bfloat16().requires_grad_())), rounded)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "x" * 300 + ".png", "a\0b.png", "none.png"])
+def test_no_name_of_a_missing_file_is_too_odd(name: str) -> None:
+    with pytest.raises(DataMissingError, match="does not exist"):
+        open_image(name)
+
+
+def test_a_folder_a_locked_file_and_an_endless_one_say_what_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError, match="is a folder: give a file"):
+        open_image(tmp_path)
+    with pytest.raises(ConfigError, match="is a device: give a file"):
+        open_image("/dev/zero")
+    gradient().save(tmp_path / "picture.png")
+
+    def locked(self: Path) -> bytes:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "read_bytes", locked)
+    with pytest.raises(ConfigError, match=r"picture\.png cannot be read \(Permission denied\)"):
+        open_image(tmp_path / "picture.png")
+    monkeypatch.setattr("beit3.data.images.MAX_FILE_BYTES", 50)
+    with pytest.raises(ConfigError, match="is larger than"):
+        open_image(tmp_path / "picture.png")
+
+
+def test_broken_addresses_and_servers_are_one_line() -> None:
+    with pytest.raises(DataMissingError, match="http://a b/ cannot be read"):
+        open_image("http://a b/", allow_urls=True)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def babble() -> None:
+            connection, _ = listening.accept()
+            with connection:
+                connection.recv(1000)
+                connection.sendall(b"no http at all\r\n\r\n")
+
+        threading.Thread(target=babble, daemon=True).start()
+        with pytest.raises(DataMissingError, match="cannot be read"):
+            open_image(f"http://127.0.0.1:{listening.getsockname()[1]}/a.png", allow_urls=True)

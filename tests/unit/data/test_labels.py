@@ -34,14 +34,17 @@ def test_the_released_answer_list_is_read_in_the_order_of_its_numbers(tmp_path: 
         '{"label": 0}',
         '{"answer": "a", "label": 0}\n' * 2,
         "[}",
+        "[" * 100_000,
     ],
+    ids=["empty", "numbers", "lines", "gap", "no_answer", "twice", "no_json", "deep"],
 )
 def test_anything_else_is_refused(content: str, tmp_path: Path) -> None:
     (tmp_path / "labels.json").write_text(content)
     with pytest.raises(ConfigError, match="is no list of labels"):
         read_labels(tmp_path / "labels.json")
-    with pytest.raises(DataMissingError, match="do not exist"):
-        read_labels(tmp_path / "other.json")
+    for missing in ("other.json", "x" * 300):
+        with pytest.raises(DataMissingError, match="do not exist"):
+            read_labels(tmp_path / missing)
 
 
 def test_imagenet_has_its_thousand_classes_in_the_order_of_their_folders() -> None:

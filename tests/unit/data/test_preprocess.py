@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from beit3.data.preprocess import Preprocess
+from beit3.data.preprocess import Preprocess, prepare_text
 from beit3.errors import ConfigError, DataMissingError
 from beit3.model.presets import ModelConfig, model_config
 
@@ -88,8 +89,22 @@ def test_it_is_written_and_read_back(tmp_path: Path, base: ModelConfig) -> None:
         ("{", "is damaged"),
         ("[]", "is damaged"),
         ('{"image_size": 3}', "is damaged"),
-        ('{"image_size": [8, 8], "resize": "stretch"}', "resize is squash or crop, not 'stretch'"),
-        ('{"image_size": [8, 8], "std": [0, 1, 1]}', "std must be positive"),
+        ('{"image_size": [8, 8], "resize": "stretch"}', "resize must be 'squash' or 'crop', not 'stretch'"),
+        ('{"image_size": [8, 8], "std": [0, 1, 1]}', r"std must lie in 0\.001\.\.1"),
+        ('{"image_size": [8]}', "image_size must be 2 values"),
+        ('{"image_size": [8, 8.5]}', "image_size must be 2 values"),
+        ('{"image_size": [true, 8]}', "image_size must be 2 values"),
+        ('{"image_size": [8, -8]}', "sides must lie in"),
+        ('{"image_size": [8, 8], "mean": [0.5, "x", 0.5]}', "mean must be 3 values"),
+        ('{"image_size": [8, 8], "mean": [0.5, NaN, 0.5]}', "mean must be 3 values"),
+        ('{"image_size": [8, 8], "mean": [0.5, 2, 0.5]}', r"mean must lie in 0\.\.1"),
+        ('{"image_size": [8, 8], "std": [NaN, 1, 1]}', "std must be 3 values"),
+        ('{"image_size": [8, 8], "std": [1, 1e999, 1]}', "std must be 3 values"),
+        ('{"image_size": [8, 8], "std": [1, 1]}', "std must be 3 values"),
+        ('{"image_size": [8, 8], "std": [1e-30, 1, 1]}', r"std must lie in 0\.001\.\.1"),
+        ('{"image_size": [8, 8], "max_text_length": "64"}', "max_text_length must be a whole number"),
+        ('{"image_size": [8, 8], "max_text_length": 1}', "max_text_length must be 0 or at least 2"),
+        pytest.param("[" * 100_000, "is damaged", id="deep"),
         ('{"imagesize": [8, 8]}', "no field 'imagesize'; did you mean 'image_size'"),
     ],
 )
@@ -102,3 +117,52 @@ def test_damage_is_explained(content: str, message: str, tmp_path: Path) -> None
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataMissingError, match=r"preprocess\.json does not exist: use load_model"):
         Preprocess.read(tmp_path)
+
+
+def test_sizes_that_the_model_cannot_take_are_refused(base: ModelConfig) -> None:
+    Preprocess(image_size=(224, 64), max_text_length=1022).check_fits(base)
+    with pytest.raises(ConfigError, match=r"\(230, 224\) does not divide into the model's patches of 16"):
+        Preprocess(image_size=(230, 224)).check_fits(base)
+    with pytest.raises(ConfigError, match="max_text_length is 64000, but the model reads 1022 ids"):
+        Preprocess(image_size=(224, 224), max_text_length=64000).check_fits(base)
+
+
+@pytest.mark.parametrize("size", [(3000, 10), (10, 3000)])
+def test_an_elongated_picture_is_cut_as_torchvision_does(size: tuple[int, int]) -> None:
+    across = np.linspace(0, 60, max(size))[None].repeat(min(size), 0)
+    values = (127 + 120 * np.sin(across)).astype(np.uint8)
+    image = Image.fromarray(values if size[0] > size[1] else values.T).convert("RGB")
+    peer = v2.Compose([v2.Resize(32, interpolation=v2.InterpolationMode.BICUBIC), v2.CenterCrop(32), v2.PILToTensor()])
+    cut = Preprocess(image_size=(32, 32), resize="crop")(image)
+    assert (cut.int() - peer(image).int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("size", [(60_000, 4), (4, 60_000), (4, 3_000_000), (3_000_000, 4)])
+@pytest.mark.parametrize("resize", ["squash", "crop"])
+def test_an_elongated_picture_fills_no_memory(
+    resize: Literal["squash", "crop"], size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pillow resizes rows first: between its two passes a picture is as wide as the result, as high as the source."""
+    largest = 0
+    whole = Image.Image.resize
+
+    def watched(self: Image.Image, to: tuple[int, int], resample: int, box: Any = None) -> Image.Image:
+        nonlocal largest
+        rows = self.height if box is None else box[3] - box[1] + 8
+        rows = 0 if to[0] == self.width and box is None else rows
+        largest = max(largest, int(to[0] * rows), to[0] * to[1])
+        return whole(self, to, resample, box)
+
+    image = Image.new("RGB", size, (10, 20, 30))
+    monkeypatch.setattr(Image.Image, "resize", watched)
+    seen = Preprocess(image_size=(224, 224), resize=resize)(image)
+    assert 0 < largest <= 100_000_000
+    assert seen[:, 100, 100].tolist() == [10, 20, 30]
+
+
+def test_texts_are_cleaned_and_other_things_refused() -> None:
+    assert prepare_text("  a \n cat\0 ") == "a cat"
+    assert [prepare_text(text) for text in ("", "  ", "\0", "\ud800")] == [""] * 4
+    for wrong in (None, 3, b"cat", ["cat"]):
+        with pytest.raises(ConfigError, match=f"a text must be a str, not {type(wrong).__name__}"):
+            prepare_text(wrong)

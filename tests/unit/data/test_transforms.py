@@ -88,6 +88,13 @@ def test_evaluation_keeps_the_whole_picture_at_any_shape() -> None:
     assert wide[:, 0, 0].tolist() == [1, 2, 3]
 
 
+def test_a_tall_picture_is_squashed_to_the_same_with_less_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    tall = gradient().resize((8, 4000))
+    expected = EvalResize((24, 32))(tall)
+    monkeypatch.setattr("beit3.data.resize._MOST_BETWEEN", 1000)
+    assert (EvalResize((24, 32))(tall).int() - expected.int()).abs().max() <= 1
+
+
 def test_normalize_spans_minus_one_to_one() -> None:
     images = torch.tensor([0, 255], dtype=torch.uint8).repeat_interleave(3).view(2, 3, 1, 1)
     for pixels in (images, images.float()):

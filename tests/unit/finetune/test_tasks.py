@@ -175,7 +175,7 @@ def test_evaluation_sees_every_example_once_and_without_chance(name: str, build:
         again = task.evaluate(task.eval_loader(run))
     keys = {"classification": None, "vqa": "question_id", "nlvr2": "identifier", "captioning": "image_id"}
     if name == "retrieval":
-        index = read_index(sets / "retrieval.jsonl", RetrievalRow)
+        index = read_index(sets / "retrieval.test.jsonl", RetrievalRow)
         assert sorted(row["image_id"] for row in rows if "image" in row) == list(range(12))
         assert sorted(row["image_id"] for row in rows if "text" in row) == sorted(row.image_id for row in index)
     else:
@@ -192,7 +192,7 @@ def test_retrieval_recall_against_a_full_ranking(build: Build, sets: Path) -> No
     task = build("retrieval").eval()
     run = Run(name="test", task=task.config, data=sets)
     metrics = task.evaluate(task.eval_loader(run))
-    index = list(read_index(sets / "retrieval.jsonl", RetrievalRow))
+    index = list(read_index(sets / "retrieval.test.jsonl", RetrievalRow))
     predictor_images = torch.cat(
         [task.model.encode_image(task.preprocess.normalize(_view(task, sets, number))) for number in range(12)]
     )
@@ -216,7 +216,7 @@ def test_retrieval_recall_against_a_full_ranking(build: Build, sets: Path) -> No
 def _view(task: Any, sets: Path, number: int) -> Tensor:
     from PIL import Image
 
-    pixels: Tensor = task.preprocess(Image.open(sets / f"{number:02d}.png").convert("RGB"))[None]
+    pixels: Tensor = task.preprocess(Image.open(sets / f"drawings/{number:02d}.png").convert("RGB"))[None]
     return pixels
 
 
@@ -226,7 +226,7 @@ def test_what_was_trained_is_loaded_and_answers(name: str, build: Build, sets: P
     task.save(tmp_path / "export")
     predictor = beit3.load(tmp_path / "export", device="cpu")
     assert predictor.model.task == task.kind.task
-    picture = sets / "03.png"
+    picture = sets / "drawings/03.png"
     with torch.no_grad():
         rows = [
             row for batch in task.eval_loader(Run(name="t", task=task.config, data=sets)) for row in task.predict(batch)

@@ -56,6 +56,7 @@ def test_nlvr2_consistency_is_over_sentences() -> None:
 
 def test_nlvr2_sentences_of_different_splits_are_different() -> None:
     assert nlvr2_accuracy([True, False], ["dev-0-0-0", "test1-0-1-0"])["consistency"] == 1 / 2
+    assert nlvr2_accuracy([True, False], ["my-dev-0-0-0", "my-test-0-0-0"])["consistency"] == 1 / 2
 
 
 def test_nlvr2_in_any_order() -> None:

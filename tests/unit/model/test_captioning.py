@@ -162,3 +162,12 @@ def test_settings_out_of_range_are_refused(make: Make, tiny: ModelConfig) -> Non
     for options, message in refused:
         with pytest.raises(ConfigError, match=message):
             model.generate(images, **{"max_length": 9, **options})
+
+
+@torch.no_grad()
+def test_keys_and_values_of_images_lie_in_one_piece(backbone: MultiwayTransformer) -> None:
+    """As views of the joint projections they would keep the queries, and every word would stride over them."""
+    for cache in backbone.start_decoding(torch.randn(2, 3, 12, 8)):
+        for kept in (cache.image_keys, cache.image_values):
+            assert kept.is_contiguous()
+            assert kept.untyped_storage().nbytes() == kept.nbytes

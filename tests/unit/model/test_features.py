@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -175,3 +176,21 @@ def test_the_vision_part_is_enough_and_the_text_part_is_not(
     assert torch.equal(found[0], FeatureBackbone(model, 1)(images)[0])
     with pytest.raises(ConfigError, match="needs the vision tower, which this model was loaded without"):
         FeatureBackbone(load_model(folder, parts="text"))
+
+
+@torch.no_grad()
+def test_the_tower_is_saved_and_loaded_as_a_vision_part(config: ModelConfig, make: Make, tmp_path: Path) -> None:
+    backbone = FeatureBackbone(make(config).eval(), (0, 1))
+    backbone.model.save_pretrained(tmp_path / "tower")
+    loaded = load_model(tmp_path / "tower")
+    assert loaded.part == "vision"
+    images = torch.randn(2, 3, 12, 8)
+    for found, wanted in zip(FeatureBackbone(loaded, (0, 1))(images), backbone(images), strict=True):
+        assert torch.equal(found, wanted)
+    with pytest.raises(ConfigError, match="loaded without its text tower"):
+        backbone.model(text_ids=torch.zeros(1, 2, dtype=torch.long))
+
+
+def test_no_images_give_empty_maps(config: ModelConfig, make: Make) -> None:
+    maps = FeatureBackbone(make(config), (0, 2))(torch.empty(0, 3, 12, 8))
+    assert [tuple(found.shape) for found in maps] == [(0, 32, 3, 2)] * 2

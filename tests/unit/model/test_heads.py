@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import beit3
+from beit3.config import replace
 from beit3.errors import ConfigError
 from beit3.model.heads import RetrievalModel, build_model
 from beit3.model.packing import PackedBatch, pack_texts
@@ -130,3 +131,54 @@ def test_a_saved_model_embeds_as_before(tmp_path: Path) -> None:
     images = torch.randn(2, 3, 16, 24)
     with torch.no_grad():
         assert torch.equal(loaded.encode_image(images), model.encode_image(images))
+
+
+def scattered(*rows: list[int]) -> torch.Tensor:
+    return torch.tensor(rows, dtype=torch.bool)
+
+
+def test_texts_that_begin_with_padding_are_refused_where_the_first_state_is_read() -> None:
+    """It is zero at padding, so that all such texts had one embedding: zero."""
+    model, judge = tiny(), random_heads("nlvr2")
+    ids, images = torch.randint(0, 50, (2, 3)), torch.randn(2, 2, 3, 16, 24)
+    for mask in (scattered([1, 1, 1], [0, 1, 1]), scattered([0, 0, 1], [1, 1, 0])):
+        for call in (
+            lambda mask=mask: model.encode_text(ids, mask),
+            lambda mask=mask: judge(images, ids, mask),
+        ):
+            with pytest.raises(ValueError, match="begins with padding: pad texts on the right"):
+                call()
+    assert model.encode_text(ids, scattered([1, 0, 0], [1, 1, 0])).norm(dim=1).min() > 0.99
+    assert model.encode_text(ids, scattered([0, 0, 0], [1, 1, 0])).norm(dim=1).tolist() == [0, pytest.approx(1)]
+    assert not model.encode_text(ids[:, :0]).any(), "an empty text has no state"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["shared", "decoupled"])
+def test_no_images_and_no_texts_give_empty_outputs(attention: Any) -> None:
+    options = {"classification": {"num_classes": 7}, "vqa": {"num_answers": 9}}
+    changes = {"attention": attention, "fusion_layers": 0 if attention == "decoupled" else 1}
+
+    def build(task: str | None) -> Any:
+        return build_model(replace(tiny().backbone.config, **changes), task, **options.get(task or "", {})).eval()
+
+    images, ids = torch.empty(0, 3, 16, 24), torch.empty(0, 6, dtype=torch.long)
+    mask = torch.empty(0, 6, dtype=torch.bool)
+    for given_mask in (None, mask):
+        pair = build(None)(images, ids, given_mask)
+        assert (pair.vision.shape, pair.text.shape) == ((0, 7, 32), (0, 6, 32))
+        assert build(None)(text_ids=ids, text_mask=given_mask).text.shape == (0, 6, 32)
+        assert build("retrieval").encode_text(ids, given_mask).shape == (0, 32)
+        assert build("vqa")(images, ids, given_mask).shape == (0, 9)
+        assert build("nlvr2")(images[:, None].expand(0, 2, 3, 16, 24), ids, given_mask).shape == (0, 2)
+        assert build("captioning")(images, ids, given_mask).shape == (0, 6, 50)
+    assert build(None)(images).vision.shape == (0, 7, 32)
+    assert build(None)(images, image_mask=torch.empty(0, 6, dtype=torch.bool)).vision.shape == (0, 7, 32)
+    assert build("retrieval").encode_image(images).shape == (0, 32)
+    assert build("retrieval").encode_text(torch.empty(0, 0, dtype=torch.long)).shape == (0, 32)
+    assert build("classification")(images).shape == (0, 7)
+    captions = build("captioning").generate(images, max_length=9, mask_id=40)
+    assert (captions.ids.shape, captions.ids.dtype) == ((0, 6), torch.int64)
+    assert (captions.scores.shape, captions.scores.dtype) == ((0,), torch.float32)
+    batch = PackedBatch(images=images, text_ids=ids.flatten(), text_positions=ids.flatten())
+    assert [tuple(rows.shape) for rows in build("retrieval")(batch)] == [(0, 32), (0, 32)]

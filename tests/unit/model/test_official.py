@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import pickle
 import re
@@ -145,8 +146,10 @@ def test_a_gap_between_layers_is_an_error(official: State) -> None:
 
 def test_heads_without_a_model_are_named_and_can_be_left_out(official: State) -> None:
     classifier = {**official, "fc_norm.weight": torch.ones(128), "head.weight": torch.zeros(7, 128)}
-    with pytest.raises(ConfigError, match=r"unknown keys besides the backbone: fc_norm\.weight, head\.weight"):
+    with pytest.raises(ConfigError, match=r"do not fit: missing fc_norm\.bias, head\.bias$"):
         to_ours(classifier)
+    with pytest.raises(ConfigError, match=r"do not fit: unknown decoder\.weight$"):
+        to_ours({**official, "decoder.weight": torch.zeros(2)})
     converted = to_ours(classifier, heads=False)
     assert converted.task is None
     assert converted.state.keys() == to_ours(official).state.keys()
@@ -162,9 +165,45 @@ def test_another_models_file_is_named_as_such() -> None:
 def test_a_grid_that_is_no_square_needs_its_size(decoupled: ModelConfig, make: Make) -> None:
     wide = replace(decoupled, image_size=(12, 20))
     official = to_official(wide, make(wide).state_dict())
-    with pytest.raises(ConfigError, match="give image_size"):
-        to_ours(official)
+    for wrong in (None, (12, 12), (20, 20)):
+        with pytest.raises(ConfigError, match="give image_size"):
+            to_ours(official, image_size=wrong)
     assert to_ours(official, image_size=(12, 20)).config == wide
+
+
+@pytest.mark.parametrize("task", ["pretraining", "retrieval", "classification", "vqa", "nlvr2", "captioning"])
+def test_every_missing_tensor_of_a_head_is_named(decoupled: ModelConfig, task: str) -> None:
+    """It was said to be unknown what else the file held."""
+    official = to_official(decoupled, build_model(decoupled, task, **OPTIONS.get(task, {})).state_dict())
+    heads = [key for key in official if not key.startswith("beit3.")]
+    for gone in heads:
+        if task == "pretraining" and gone.startswith("mim_head."):
+            continue  # see below
+        broken = {key: value for key, value in official.items() if key != gone}
+        with pytest.raises(ConfigError, match=rf"the official weights do not fit: missing {re.escape(gone)}$"):
+            to_ours(broken)
+        with pytest.raises(ConfigError, match=rf"missing {re.escape(gone)}; unknown extra\.weight$"):
+            to_ours({**broken, "extra.weight": torch.zeros(1)})
+    if task == "pretraining":
+        kept = {key: value for key, value in official.items() if not key.startswith("mim_head.")}
+        assert to_ours(kept).task == "captioning", "its whole head is there"
+        with pytest.raises(ConfigError, match=r"missing mim_head\.bias$"):
+            to_ours({key: value for key, value in official.items() if key != "mim_head.bias"})
+
+
+def test_missing_tensors_are_left_out_and_unknown_ones_named_only_when_asked(
+    official: State, caplog: pytest.LogCaptureFixture
+) -> None:
+    gone = "beit3.encoder.layers.0.self_attn.k_proj.A.bias"
+    broken = {key: value for key, value in official.items() if key != gone} | {"extra.weight": torch.zeros(1).long()}
+    with pytest.raises(ConfigError, match=r"missing encoder\.layers\.0.*; unknown extra\.weight"):
+        to_ours(broken)
+    with caplog.at_level(logging.WARNING, "beit3"):
+        found = to_ours(broken, strict=False)
+    assert "unknown tensors are left out: extra.weight" in caplog.text
+    assert to_ours(official).state.keys() - found.state.keys() == {"blocks.0.attention_in.vision.qkv.bias"}
+    with pytest.raises(ConfigError, match=r"wrong shapes: encoder\.layer_norm\.A\.bias \(3,\) instead of \(128,\)$"):
+        to_ours({**broken, "beit3.encoder.layer_norm.A.bias": torch.zeros(3)}, strict=False)
 
 
 def test_a_width_of_no_whole_heads_needs_their_number(tiny: ModelConfig, make: Make) -> None:

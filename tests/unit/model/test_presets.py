@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -93,3 +95,44 @@ def test_the_text_table_holds_1022_tokens() -> None:
     assert model_config("beit3_base_patch16_224").max_text_length == 1022
     assert isinstance(beit3.ModelConfig, type)
     assert beit3.ModelConfig is ModelConfig
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("num_layers", 1.5, "model.num_layers must be a whole number, not 1.5"),
+        ("num_layers", True, "model.num_layers must be a whole number, not True"),
+        ("width", "64", "model.width must be a whole number, not '64'"),
+        ("width", 10**30, "model.width must be a whole number"),
+        ("image_size", "x", "model.image_size must be 2 values, each a whole number, not 'x'"),
+        ("image_size", [], r"model.image_size must be 2 values, .* not \(\)"),
+        ("image_size", [16], r"not \(16,\)"),
+        ("image_size", (16.0, 16), r"not \(16.0, 16\)"),
+        ("image_size", None, "not None"),
+        ("norm_eps", "x", "model.norm_eps must be a finite number, not 'x'"),
+        ("norm_eps", float("nan"), "model.norm_eps must be a finite number, not nan"),
+        ("norm_eps", -1e-5, "model.norm_eps must be above 0"),
+        ("drop_path", False, "model.drop_path must be a finite number, not False"),
+        ("final_norm", 1, "model.final_norm must be true or false, not 1"),
+        ("attention", "both", "model.attention must be 'shared' or 'decoupled', not 'both'"),
+        ("attention", ["shared"], "model.attention must be 'shared' or 'decoupled'"),
+    ],
+)
+def test_fields_of_another_type_are_refused(field: str, value: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        model_config("beit3_tiny_patch16_224", **{field: value})
+    assert len(str(caught.value)) < 200
+
+
+def test_a_list_from_json_becomes_the_pair_that_it_stands_for() -> None:
+    made = model_config("beit3_tiny_patch16_224", image_size=[16, 32], drop_path=0)
+    assert made.image_size == (16, 32)
+    assert hash(made) == hash(model_config("beit3_tiny_patch16_224", image_size=(16, 32)))
+
+
+@pytest.mark.parametrize("value", ["x", 1.5, -1, 0, True, None, 2**40, [3]])
+def test_options_of_heads_are_whole_numbers(value: Any) -> None:
+    with pytest.raises(ConfigError, match="num_answers must be a whole number of at least 1, not "):
+        build_model(model_config("beit3_tiny_patch16_224"), "vqa", num_answers=value)
+    with pytest.raises(ConfigError, match="a vqa model has no option config"):
+        build_model(model_config("beit3_tiny_patch16_224"), "vqa", **{"config": 3})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -213,9 +214,10 @@ def test_a_folder_whose_weights_do_not_fit_is_explained_in_one_line(tiny: ModelC
     model = build_model(tiny)
     state = model.state_dict()
     for change, message in (
-        ({"norm.text.bias": None}, r"missing \['norm\.text\.bias'\]"),
-        ({"extra": torch.zeros(1)}, r"unexpected \['extra'\]"),
-        ({"norm.text.bias": torch.zeros(3)}, r"of another shape \['norm\.text\.bias'\]"),
+        ({"norm.text.bias": None}, r"model: its weights do not fit: missing norm\.text\.bias$"),
+        ({"extra": torch.zeros(1)}, r"do not fit: unknown extra$"),
+        ({"norm.text.bias": torch.zeros(3)}, r"wrong shapes: norm\.text\.bias \(3,\) instead of \(32,\)$"),
+        ({f"extra{number}": torch.zeros(1) for number in range(200)}, r"unknown extra.* and 195 more$"),
     ):
         model.save_pretrained(tmp_path / "model")
         changed = {name: value for name, value in {**state, **change}.items() if value is not None}
@@ -223,6 +225,7 @@ def test_a_folder_whose_weights_do_not_fit_is_explained_in_one_line(tiny: ModelC
         with pytest.raises(ConfigError, match=message) as caught:
             beit3.load_model(tmp_path / "model")
         assert "\n" not in str(caught.value)
+        assert len(str(caught.value)) < 400 + len(str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -321,6 +324,9 @@ def test_publishing_uploads_the_whole_folder(
     assert hub.repository == ("someone/emoji", True, True)
     assert address == "hub/someone/emoji: Upload emoji"
     assert hub.files.keys() == {"config.json", "model.safetensors", "README.md", "tokenizer.spm"}
+    card = hub.files["README.md"].decode()
+    assert "# emoji\n" in card
+    assert 'beit3.load("hf-hub:someone/emoji")' in card
     (tmp_path / "down").mkdir()
     for name, content in hub.files.items():
         (tmp_path / "down" / name).write_bytes(content)
@@ -328,12 +334,43 @@ def test_publishing_uploads_the_whole_folder(
         assert torch.equal(value, model.state_dict()[name]), name
 
 
-def test_a_refused_publication_is_one_line(tiny: ModelConfig, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: FakeHub(OSError("401 Unauthorized\nlong text")))
-    with pytest.raises(
-        BeitError, match=r"^someone/emoji was not published: 401 Unauthorized; log in with `hf auth login`$"
-    ):
+class NoConnection(Exception):
+    """What a client of HTTP raises: no OSError, and of no type that we know."""
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError("401 Unauthorized\nlong text"), "401 Unauthorized"),
+        (NoConnection("[Errno -2] Name or service not known"), r"\[Errno -2\] Name or service not known"),
+        (NoConnection(), "NoConnection"),
+    ],
+)
+def test_a_refused_publication_is_one_line(
+    error: Exception, reason: str, tiny: ModelConfig, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: FakeHub(error))
+    advice = "log in with `hf auth login`, and check the connection"
+    with pytest.raises(BeitError, match=rf"^someone/emoji was not published: {reason}; {advice}$"):
         make(tiny).push_to_hub("someone/emoji")
+
+
+@pytest.mark.parametrize("name", ["", "..", "a/", "a/..", "a/b/c", "two words"])
+def test_what_is_no_name_of_a_repository_is_not_published(
+    name: str, tiny: ModelConfig, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub, "HfApi", FakeHub)
+    with pytest.raises(ConfigError, match="is no name of a repository: write organisation/name"):
+        make(tiny).push_to_hub(name)
+
+
+def test_a_connection_that_breaks_while_loading_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(*_: object, **__: object) -> str:
+        raise NoConnection("reset by peer\nmore")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(DataMissingError, match=r"someone/emoji cannot be read from the Hub: reset by peer$"):
+        beit3.load_model("hf-hub:someone/emoji")
 
 
 @pytest.mark.parametrize("has", [True, False])
@@ -350,3 +387,212 @@ def test_a_model_starts_from_one_with_or_without_final_norms(
         inner = name.removeprefix("backbone.")
         expected = source.state_dict()[inner] if name != inner and not inner.startswith("norm.") else before[name]
         assert torch.equal(value, expected), name
+
+
+TASKS: dict[str | None, dict[str, int]] = {
+    None: {},
+    "pretraining": {"codebook_size": 7},
+    "retrieval": {},
+    "classification": {"num_classes": 5},
+    "vqa": {"num_answers": 6},
+    "nlvr2": {},
+    "captioning": {},
+}
+USABLE = {
+    *((task, part) for task in (None, "pretraining", "retrieval") for part in ("vision", "text")),
+    ("classification", "vision"),
+}
+"""Towers that are of use alone."""
+
+
+@pytest.mark.parametrize("kind", ["folder", "file.pth"])
+@pytest.mark.parametrize("part", [None, "vision", "text"])
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_and_part_is_loaded_saved_and_loaded_again(
+    task: str | None, part: Any, kind: str, square: ModelConfig, tmp_path: Path
+) -> None:
+    model = build_model(square, task, **TASKS[task])
+    if kind == "folder":
+        model.save_pretrained(tmp_path / kind)
+    else:
+        torch.save({"model": to_official(square, model.state_dict())}, tmp_path / kind)
+    if part is not None and (task, part) not in USABLE:
+        with pytest.raises(ConfigError, match="model needs both towers"):
+            beit3.load_model(tmp_path / kind, parts=part)
+        return
+    first = beit3.load_model(tmp_path / kind, parts=part)
+    first.save_pretrained(tmp_path / "again")
+    again = beit3.load_model(tmp_path / "again")
+    assert (again.task, again.part, again.head_options) == (task, part, TASKS[task])
+    assert again.model_config == square
+    assert again.state_dict().keys() == first.state_dict().keys()
+    for name, value in again.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]), name
+
+
+def test_another_task_on_one_tower_gets_no_second_tower(tiny: ModelConfig, make: Make, tmp_path: Path) -> None:
+    model = make(tiny)
+    model.save_pretrained(tmp_path / "whole")
+    beit3.load_model(tmp_path / "whole", parts="vision").save_pretrained(tmp_path / "vision")
+    started = beit3.load_model(tmp_path / "vision", task="classification", strict=False)
+    assert (started.part, started.task) == ("vision", "classification")
+    assert not [name for name in started.state_dict() if "text" in name]
+    started.save_pretrained(tmp_path / "started")
+    assert beit3.load_model(tmp_path / "started").part == "vision"
+    with pytest.raises(ConfigError, match="a vqa model needs both towers"):
+        beit3.load_model(tmp_path / "vision", task="vqa", strict=False)
+
+
+@pytest.mark.parametrize("kind", ["folder", "file.pth"])
+def test_strict_false_starts_missing_tensors_at_random_and_says_so(
+    kind: str, square: ModelConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, ours = build_model(square, "vqa", num_answers=6), "backbone.blocks.0.ffn.text.fc2.weight"
+    extra = {"extra": torch.zeros(2)}
+    if kind == "folder":
+        gone, place = ours, tmp_path / kind / "model.safetensors"
+        model.save_pretrained(tmp_path / kind)
+        save_file({name: value for name, value in load_file(place).items() if name != gone} | extra, place)
+    else:
+        gone, state = "encoder.layers.0.ffn.B.fc2.weight", to_official(square, model.state_dict())
+        del state[f"beit3.{gone}"]
+        torch.save(state | extra, tmp_path / kind)
+    with pytest.raises(ConfigError, match=rf"missing {gone}; unknown extra$"):
+        beit3.load_model(tmp_path / kind)
+    with caplog.at_level(logging.WARNING, "beit3"):
+        loaded = beit3.load_model(tmp_path / kind, strict=False)
+    assert "unknown tensors are left out: extra" in caplog.text
+    assert f"random weights in {ours}" in caplog.text
+    assert loaded.task == "vqa"
+    for name, value in loaded.state_dict().items():
+        if name == ours:
+            assert 0 < value.std() < 1
+        else:
+            assert torch.equal(value, model.state_dict()[name]), name
+
+
+def test_the_backbone_of_a_file_with_foreign_heads_is_loaded(square: ModelConfig, make: Make, tmp_path: Path) -> None:
+    model = make(square)
+    state = to_official(square, model.state_dict()) | {"decoder.weight": torch.zeros(2), "head.weight": torch.zeros(3)}
+    torch.save(state, tmp_path / "odd.pth")
+    with pytest.raises(ConfigError, match=r"odd\.pth: the official weights do not fit: missing .*unknown decoder"):
+        beit3.load_model(tmp_path / "odd.pth")
+    loaded = beit3.load_model(tmp_path / "odd.pth", task="backbone")
+    for name, value in loaded.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]), name
+
+
+def test_a_released_file_of_wide_pictures_loads_with_their_size(
+    square: ModelConfig, make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    wide = replace(square, image_size=(24, 40))
+    model = make(wide)
+    torch.save(to_official(wide, model.state_dict()), tmp_path / "rect.pth")
+    for wrong in (None, 24, (24, 44)):
+        with pytest.raises(ConfigError, match="give image_size, the height and width it was made for"):
+            beit3.load_model(tmp_path / "rect.pth", image_size=wrong)
+    with caplog.at_level(logging.WARNING, "beit3"):
+        loaded = beit3.load_model(tmp_path / "rect.pth", image_size=(24, 40))
+    assert not caplog.text, "nothing is interpolated"
+    assert loaded.model_config == wide
+    assert torch.equal(
+        loaded.state_dict()["vision_embedding.positions"], model.state_dict()["vision_embedding.positions"]
+    )
+
+
+@pytest.mark.parametrize("size", ["48", 24.0, (24,), (24, 24, 24), True, (12.0, 12), [], (13, 12)])
+def test_an_image_size_that_is_none_is_refused(size: Any, square: ModelConfig, make: Make, tmp_path: Path) -> None:
+    make(square).save_pretrained(tmp_path / "model")
+    torch.save(to_official(square, make(square).state_dict()), tmp_path / "model.pth")
+    for source in ("model", "model.pth"):
+        with pytest.raises(ConfigError, match="image_size"):
+            beit3.load_model(tmp_path / source, image_size=size)
+    assert beit3.load_model(tmp_path / "model", image_size=[12, 24]).model_config.image_size == (12, 24)  # type: ignore[arg-type]
+
+
+def test_one_file_of_an_exchange_folder_names_its_folder(tiny: ModelConfig, make: Make, tmp_path: Path) -> None:
+    make(tiny).save_pretrained(tmp_path / "model")
+    make(tiny).save_pretrained(tmp_path / "cut", max_shard_size=40_000)
+    for file in (tmp_path / "model/model.safetensors", next((tmp_path / "cut").glob("model-00002*"))):
+        with pytest.raises(ConfigError, match=rf"is one file of an exchange folder: give the folder {file.parent}$"):
+            beit3.load_model(file)
+
+
+@pytest.mark.parametrize("layers", [2, 4, 1_000_000, 10**18])
+def test_layers_that_the_weights_lack_are_refused_before_any_is_built(
+    layers: int, tiny: ModelConfig, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tiny).save_pretrained(tmp_path / "model")
+    path = tmp_path / "model/config.json"
+    path.write_text(path.read_text().replace('"num_layers": 3', f'"num_layers": {layers}'))
+    monkeypatch.setattr("beit3.model.store.build_model", None)
+    for strict in (True, False):
+        with pytest.raises(ConfigError, match=rf"config\.json describes {layers} layers, the weights hold 3"):
+            beit3.load_model(tmp_path / "model", strict=strict)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("task", ["classification", "vqa"])
+def test_final_norms_are_dropped_where_the_released_task_models_have_none(
+    task: str, square: ModelConfig, make: Make, tmp_path: Path, close: Close
+) -> None:
+    model = make(square).eval()
+    torch.save(to_official(square, model.state_dict()), tmp_path / "pretrained.pth")
+    started: Any = beit3.load_model(tmp_path / "pretrained.pth", task=task, strict=False)
+    assert not started.model_config.final_norm
+    assert not [name for name in started.state_dict() if name.startswith("backbone.norm.")]
+    images = torch.randn(2, 3, 12, 12)
+    bare = MultiwayTransformer(replace(square, final_norm=False)).eval()
+    bare.load_state_dict({name: value for name, value in model.state_dict().items() if not name.startswith("norm.")})
+    close(started.backbone(images).vision, bare(images).vision, "states")
+    to_official(started.model_config, started.state_dict())  # has a place in the released layout
+    # Other tasks, and our own shared models, keep theirs.
+    kept = beit3.load_model(tmp_path / "pretrained.pth", task="nlvr2", strict=False)
+    shared = make(replace(square, attention="shared"))
+    shared.save_pretrained(tmp_path / "shared")
+    for other in (kept, beit3.load_model(tmp_path / "shared", task=task, strict=False)):
+        assert other.model_config.final_norm
+        assert [name for name in other.state_dict() if name.startswith("backbone.norm.")]
+
+
+PEAK = """
+import sys
+from pathlib import Path
+import beit3
+
+def memory(name):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":"))
+
+beit3.load_model(sys.argv[2])  # so that all code is there
+before = memory("VmRSS")
+model = beit3.load_model(sys.argv[1])
+loaded = memory("VmHWM")
+total = sum(float(parameter.detach().sum()) for parameter in model.parameters())
+weights = sum(parameter.nbytes for parameter in model.parameters())
+print(weights, loaded - before, memory("VmHWM") - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads Linux's own account of memory")
+def test_loading_takes_little_more_memory_than_the_weights(
+    start: Callable[..., subprocess.Popen[str]], square: ModelConfig, tmp_path: Path
+) -> None:
+    """The highest point of a process of its own, beyond what its code takes: at most 1.3 times the weights."""
+    build_model(square).save_pretrained(tmp_path / "small-folder")
+    torch.save(to_official(square, build_model(square).state_dict()), tmp_path / "small-file.pth")
+    model = beit3.create_model("beit3_base_patch16_224", attention="decoupled")
+    model.save_pretrained(tmp_path / "folder")
+    torch.save({"model": to_official(model.model_config, model.state_dict())}, tmp_path / "file.pth")
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    del model
+    for source in ("folder", "file.pth"):
+        out, errors = start(
+            ["-c", PEAK, str(tmp_path / source), str(tmp_path / f"small-{source}")], tmp_path
+        ).communicate()
+        assert out, errors
+        weights, loaded, touched = map(int, out.split())
+        assert weights == size
+        assert 0.9 * size < loaded <= 1.3 * size, f"{source}: {loaded / size:.2f} when loaded"
+        assert touched <= 1.3 * size, f"{source}: {touched / size:.2f} when touched"

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from beit3.data.emoji import load_cells
+from beit3.data.preprocess import Preprocess
 from beit3.errors import ConfigError, DataMissingError
 from beit3.predict import Predictor, load
 from beit3.pretrain.contrastive import Contrastive
@@ -151,11 +152,11 @@ def test_filling_needs_a_mask_and_a_word_head(
         load(tmp_path / "tuned", device="cpu").fill_mask("a <mask>")
 
 
-def test_a_folder_without_preprocessing_is_named(
+def test_a_folder_without_preprocessing_is_prepared_as_its_task_was(
     pretrained: tuple[MaskedDataModeling, Predictor], tmp_path: Path
 ) -> None:
     (tmp_path / "export/preprocess.json").unlink()
-    with pytest.raises(DataMissingError, match=r"preprocess\.json"):
-        load(tmp_path / "export")
+    loaded = load(tmp_path / "export", device="cpu")
+    assert loaded.preprocess == Preprocess.of_task(pretrained[0].config.model, "pretraining")
     with pytest.raises(DataMissingError, match="nowhere"):
         load(tmp_path / "nowhere")
