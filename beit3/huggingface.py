@@ -192,7 +192,7 @@ class Beit3Model(PreTrainedModel):  # type: ignore[no-untyped-call]
         if isinstance(model, RetrievalModel):
             return model.encode_image(pixel_values)
         out = (model if isinstance(model, MultiwayTransformer) else model.backbone)(pixel_values)
-        return F.normalize(out.vision[:, 0], dim=-1)
+        return F.normalize(out.vision[:, 0].float(), dim=-1)
 
     def get_text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Embed texts (B, T) as (B, D) of unit length: retrieval heads, or else the state of `<s>`."""
@@ -200,7 +200,7 @@ class Beit3Model(PreTrainedModel):  # type: ignore[no-untyped-call]
         if isinstance(model, RetrievalModel):
             return model.encode_text(input_ids, mask)
         out = (model if isinstance(model, MultiwayTransformer) else model.backbone)(text_ids=input_ids, text_mask=mask)
-        return F.normalize(first_text_states(out.text, mask), dim=-1)
+        return F.normalize(first_text_states(out.text, mask).float(), dim=-1)
 
 
 class Beit3Processor:

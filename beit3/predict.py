@@ -89,6 +89,11 @@ def load(
     preprocess = found.read_preprocess(model)
     if size is not None:
         preprocess = preprocess.resized(size)
+    own = model.model_config.image_size
+    require(
+        preprocess.image_size == own,
+        f"{source} prepares pictures of {preprocess.image_size} for a model of {own}: pass image_size to load",
+    )
     text = found.read_tokenizer(model, preprocess)
     names = found.read_labels(model)
     if names is None and (outputs := num_outputs(model)):

@@ -14,7 +14,7 @@ from beit3.data.labels import imagenet_labels, read_labels
 from beit3.data.preprocess import FILE as PREPROCESS_FILE
 from beit3.data.preprocess import Preprocess
 from beit3.errors import ConfigError, DataMissingError
-from beit3.model.exchange import CONFIG_FILE, is_weights, read_settings
+from beit3.model.exchange import CONFIG_FILE, is_exchange, is_weights, read_settings
 from beit3.model.heads import AnyModel
 from beit3.model.hub import local_path
 from beit3.model.released_files import shown
@@ -115,7 +115,7 @@ def find_source(source: str | Path, *, tokenizer: str | Path | None = None, labe
         raise DataMissingError(
             f"{shown(path)} does not exist: give an exchange folder, a .pth file, or hf-hub:organisation/name"
         )
-    if is_weights(path.name) and (path.parent / CONFIG_FILE).is_file():
+    if is_weights(path.name) and is_exchange(path.parent):
         raise ConfigError(f"{path} is one file of an exchange folder: give the folder, {path.parent}")
     is_folder = (path / CONFIG_FILE).is_file()
     beside = path / TOKENIZER_FILE if is_folder else path.parent / RELEASED_TOKENIZER

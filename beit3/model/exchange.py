@@ -22,12 +22,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from beit3.errors import BeitError, ConfigError, DataMissingError
+from beit3.model.released_files import shown
 
 FORMAT_VERSION = 1
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 CARD_FILE = "README.md"
+_OF_A_MODEL = {"preprocess.json", "labels.json", "tokenizer.spm", "tokenizer.json", "tokenizer_config.json"}
+"""What belongs to the weights: it goes with them, or another model would be read with the wrong words and pictures."""
 
 
 def write_folder(
@@ -39,7 +42,7 @@ def write_folder(
 ) -> None:
     """Write an exchange folder in one step.
 
-    An older exchange folder of that name is replaced; what else somebody has put into it stays.
+    An older exchange folder of that name and kind is replaced; what is not of the older model stays.
 
     Args:
         folder: where; its parent is made if need be, a link is followed.
@@ -52,11 +55,11 @@ def write_folder(
         ConfigError: at `folder` stands something else, `files` holds a name that is not free, or `max_shard_size` is
             no size. Nothing is left behind then, nor if the disk is full.
     """
-    place = _find_place(Path(folder))
+    place = _find_place(Path(folder), settings.get("kind"))
     for name in files or {}:
         if name != Path(name).name or name in ("", "..") or name == CONFIG_FILE or is_weights(name):
             raise ConfigError(f"'{name}' cannot be written beside the weights: give a plain name that is not taken")
-    beside = place.with_name(f"{place.name}.tmp-{uuid.uuid4().hex[:8]}")
+    beside = place.with_name(f"{place.name[:64]}.tmp-{uuid.uuid4().hex[:8]}")
     try:
         beside.mkdir()
         _write_tensors(beside, state, max_shard_size)
@@ -85,18 +88,21 @@ def is_exchange(folder: Path) -> bool:
         return False
 
 
-def _find_place(folder: Path) -> Path:
-    """Where a folder can be written without harm to anything else."""
-    place = folder.resolve()
+def _find_place(folder: Path, kind: object) -> Path:
+    """Where a folder of this kind can be written without harm to anything else."""
     try:
+        place = folder.resolve()
         place.parent.mkdir(parents=True, exist_ok=True)
+        exists = place.exists()
     except (FileExistsError, NotADirectoryError) as error:
         raise ConfigError(f"{folder} cannot be made: a part of its path is a file, choose another place") from error
-    if not place.exists():
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"{shown(folder)} cannot be made ({error}): choose another place") from error
+    if not exists:
         return place
     if not place.is_dir():
         raise ConfigError(f"{folder} is a file: choose a new folder")
-    if any(place.iterdir()) and not is_exchange(place):
+    if any(place.iterdir()) and not (is_exchange(place) and read_settings(place).get("kind") == kind):
         raise ConfigError(f"{folder} holds other files, which are left alone: choose a new folder, or empty it")
     if Path.cwd().is_relative_to(place):
         raise ConfigError(f"{folder} is the current folder, which cannot be replaced: choose another one")
@@ -114,7 +120,7 @@ def _swap(beside: Path, place: Path) -> None:
         os.replace(old, place)
         raise
     for path in old.iterdir():
-        if not is_weights(path.name) and not (place / path.name).exists():
+        if not is_weights(path.name) and path.name not in _OF_A_MODEL and not (place / path.name).exists():
             os.replace(path, place / path.name)
     shutil.rmtree(old)
 

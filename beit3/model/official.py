@@ -108,6 +108,11 @@ def to_ours(
     entries = list(_backbone_entries(config, prefix)) + _head_entries(config, task, head_options)
     shapes = {key: entry.part_shape for entry in entries for key in entry.official}
     check_tensors({**backbone, **extra}, shapes, "the official weights", strict=strict)
+    numbers = _layer_numbers(backbone)
+    if numbers != set(range(config.num_layers)):  # a whole layer at random would be another model
+        raise ConfigError(
+            f"the official weights lack a layer: {listed(sorted(numbers))} of {config.num_layers} are there"
+        )
     ours: dict[str, Tensor] = {}
     for entry in entries:
         if any(key not in found for key in entry.official):
@@ -223,6 +228,10 @@ def _infer_task(heads: Mapping[str, Tensor]) -> tuple[str | None, dict[str, int]
     return task, {option: rows[0].numel()} if rows else {}
 
 
+def _layer_numbers(state: Mapping[str, Tensor]) -> set[int]:
+    return {int(match[1]) for key in state if (match := re.match(r"encoder\.layers\.(\d{1,4})\.", key))}
+
+
 def _infer_config(
     state: Mapping[str, Tensor], num_heads: int | None, image_size: tuple[int, int] | None
 ) -> ModelConfig:
@@ -252,7 +261,7 @@ def _infer_config(
             f"the width {width} does not divide by a head width of 64: give num_heads to "
             "beit3.model.official.to_ours, for files do not store it"
         )
-    layers = {match[1] for key in state if (match := re.match(r"encoder\.layers\.(\d+)\.", key))}
+    layers = _layer_numbers(state)
     return ModelConfig(
         width=width,
         num_layers=max(len(layers), 1),

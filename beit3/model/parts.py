@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from beit3.config import require
 from beit3.errors import ConfigError
 from beit3.model.heads import AnyModel
 from beit3.model.pretrained import Part
@@ -35,6 +36,7 @@ def keep_part(model: AnyModel, part: Part) -> None:
     Raises:
         ConfigError: the model's task needs both towers, or it is one tower already.
     """
+    require(part in ("vision", "text"), f"parts is 'vision' or 'text', not {part!r}")
     if model.part not in (None, part):
         raise ConfigError(f"the {part} tower is not there: this model is a {model.part} tower alone")
     if model.task is not None and part not in _HEADS.get(model.task, {}):

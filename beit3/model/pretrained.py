@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -110,7 +111,9 @@ class PretrainedModel(nn.Module, ABC):
         Raises:
             ConfigError: at `folder` stands something else, which is left alone, or an argument is wrong.
         """
-        self._write(Path(folder), Path(folder).resolve().name, files or {}, licence, numbers or {}, max_shard_size)
+        self._write(
+            Path(folder), Path(os.path.abspath(folder)).name, files or {}, licence, numbers or {}, max_shard_size
+        )
 
     def push_to_hub(
         self,

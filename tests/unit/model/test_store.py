@@ -19,6 +19,7 @@ from torch import Tensor
 import beit3
 from beit3.config import replace
 from beit3.errors import BeitError, ConfigError, DataMissingError
+from beit3.model.exchange import write_folder
 from beit3.model.heads import ClassificationModel, PretrainingModel, RetrievalModel, VQAModel, build_model
 from beit3.model.official import to_official
 from beit3.model.presets import ModelConfig
@@ -596,3 +597,44 @@ def test_loading_takes_little_more_memory_than_the_weights(
         assert weights == size
         assert 0.9 * size < loaded <= 1.3 * size, f"{source}: {loaded / size:.2f} when loaded"
         assert touched <= 1.3 * size, f"{source}: {touched / size:.2f} when touched"
+
+
+def test_saving_over_a_folder_takes_away_what_belonged_to_the_older_model(tiny: ModelConfig, tmp_path: Path) -> None:
+    """Its words and its preprocessing would be read as the new model's; what the user put there stays."""
+    old = {"preprocess.json": b"{}", "labels.json": b"[]", "tokenizer.spm": b"x", "notes.txt": b"mine"}
+    build_model(tiny, "vqa", num_answers=3).save_pretrained(tmp_path / "model", old)
+    build_model(tiny, "retrieval").save_pretrained(tmp_path / "model", {"preprocess.json": b"new"})
+    assert {path.name for path in (tmp_path / "model").iterdir()} == {
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "notes.txt",
+        "preprocess.json",
+    }
+    assert (tmp_path / "model/preprocess.json").read_bytes() == b"new"
+
+
+def test_a_model_never_replaces_a_tokenizers_folder(tiny: ModelConfig, tmp_path: Path) -> None:
+    write_folder(tmp_path / "codes", {"kind": "vqkd"}, {"x": torch.zeros(1)})
+    with pytest.raises(ConfigError, match="holds other files, which are left alone"):
+        build_model(tiny).save_pretrained(tmp_path / "codes")
+
+
+def test_unknown_parts_and_places_are_one_line(tiny: ModelConfig, tmp_path: Path) -> None:
+    build_model(tiny).save_pretrained(tmp_path / "model")
+    with pytest.raises(ConfigError, match="parts is 'vision' or 'text', not 'foo'"):
+        beit3.load_model(tmp_path / "model", parts="foo")  # type: ignore[arg-type]
+    (tmp_path / "loop").symlink_to("loop")
+    for place in (tmp_path / ("a" * 300), tmp_path / "a\0b", tmp_path / "loop"):
+        with pytest.raises(ConfigError, match="cannot be made"):
+            build_model(tiny).save_pretrained(place)
+    build_model(tiny).save_pretrained(tmp_path / ("a" * 250))
+
+
+def test_a_layer_that_is_not_there_is_an_error_however_loose(square: ModelConfig, make: Make, tmp_path: Path) -> None:
+    state = to_official(square, make(square).state_dict())
+    moved = {name.replace("encoder.layers.1.", "encoder.layers.7."): value for name, value in state.items()}
+    torch.save({"model": moved}, tmp_path / "gap.pth")
+    for strict in (True, False):
+        with pytest.raises(ConfigError, match=r"missing encoder\.layers\.1|lack a layer: 0, 2, 7 of 3"):
+            beit3.load_model(tmp_path / "gap.pth", strict=strict)
