@@ -7,6 +7,7 @@ they are used.
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from beit3.config import differences, require, to_plain
-from beit3.errors import ConfigError
+from beit3.errors import ConfigError, DataMissingError
 from beit3.model import official
 from beit3.model.embeddings import resample_positions
 from beit3.model.exchange import CONFIG_FILE, is_exchange, is_weights, read_settings, read_tensors
@@ -31,6 +32,8 @@ from beit3.model.released_files import listed, read_official, shown
 from beit3.model.transformer import MultiwayTransformer
 
 _POSITIONS = "vision_embedding.positions"
+_LARGEST_SIDE = 8192
+"""Pixels; a position table for more would not fit into memory."""
 _FINAL_NORM = re.compile(r"(backbone\.)?norm\.")
 _BLOCK = re.compile(r"(?:backbone\.)?blocks\.(\d+)\.")
 _WITHOUT_FINAL_NORM = ("classification", "vqa")
@@ -73,6 +76,8 @@ def load_model(
         size is None or is_pair,
         f"image_size must be a side in pixels, or height and width, not {image_size!r:.60}",
     )
+    fits = size is None or max(size) <= _LARGEST_SIDE
+    require(fits, f"image_size is at most {_LARGEST_SIDE} pixels a side, not {size}")
     stored = _read(local_path(source), heads=task != "backbone", image_size=size, strict=strict)
     wanted = stored.task if task is None else (None if task == "backbone" else task)
     if wanted != stored.task:
@@ -136,6 +141,8 @@ class _Stored:
 def _read(
     source: Path, *, heads: bool = True, image_size: tuple[int, int] | None = None, strict: bool = True
 ) -> _Stored:
+    if not os.path.exists(source):  # unlike Path's, this answers for names of any length
+        raise DataMissingError(f"{shown(source)} does not exist: give an exchange folder, a .pth file or hf-hub:...")
     if (source / CONFIG_FILE).is_file():
         config, task, options, part = parse_model_settings(read_settings(source), source)
         state = read_tensors(source)

@@ -638,3 +638,11 @@ def test_a_layer_that_is_not_there_is_an_error_however_loose(square: ModelConfig
     for strict in (True, False):
         with pytest.raises(ConfigError, match=r"missing encoder\.layers\.1|lack a layer: 0, 2, 7 of 3"):
             beit3.load_model(tmp_path / "gap.pth", strict=strict)
+
+
+def test_names_and_sizes_beyond_reason_are_one_line(tiny: ModelConfig, tmp_path: Path) -> None:
+    with pytest.raises(DataMissingError, match="does not exist"):
+        beit3.load_model("a" * 300)
+    build_model(tiny).save_pretrained(tmp_path / "model")
+    with pytest.raises(ConfigError, match="image_size is at most 8192 pixels a side"):
+        beit3.load_model(tmp_path / "model", image_size=10**9)
