@@ -56,7 +56,7 @@ def convert(
     if os.path.lexists(out):
         raise ConfigError(f"{out} exists: choose another place")
     found = find_source(source)
-    if out.suffix == ".pth":
+    if out.suffix.lower() == ".pth":
         require(found.is_folder, f"{source} is of the released layout already: name a new folder, not {out}")
         options = (image_size, parts, tokenizer, labels, licence, hugging_face or None)
         require(
