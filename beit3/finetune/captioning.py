@@ -96,12 +96,14 @@ class _Captions:
         return len(self._index)
 
     def load(self, index: int) -> _Example:
+        """Read and prepare one example."""
         row = self._index[index]
         ids = encode_text(row.text, self._tokenizer, self._max_length)
         seen, hidden = hide_words(ids, self._mask_probability, self._tokenizer.mask_id)
         return _Example(self._view(read_picture(row.image_path)), seen, hidden)
 
     def collate(self, examples: list[_Example]) -> CaptionBatch:
+        """Lay examples side by side."""
         ids, mask = pad_texts([example.ids for example in examples])
         hidden = torch.zeros_like(mask)
         for row, example in zip(hidden, examples, strict=True):
@@ -122,10 +124,12 @@ class _Pictures:
         return len(self._index)
 
     def load(self, index: int) -> tuple[Tensor, CaptioningRow]:
+        """Read and prepare one example."""
         row = self._index[index]
         return self._view(read_picture(row.image_path)), row
 
     def collate(self, examples: list[tuple[Tensor, CaptioningRow]]) -> CaptionBatch:
+        """Lay examples side by side."""
         nothing = torch.zeros(len(examples), 0)
         images = torch.stack([image for image, _ in examples])
         rows = tuple(row for _, row in examples)

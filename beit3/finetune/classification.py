@@ -75,10 +75,12 @@ class _Examples:
         return len(self._index)
 
     def load(self, index: int) -> _Example:
+        """Read and prepare one example."""
         row = self._index[index]
         return _Example(self._view(read_picture(row.image_path)), row.label)
 
     def collate(self, examples: list[_Example]) -> ClassificationBatch:
+        """Lay examples side by side."""
         images = torch.stack([example.image for example in examples])
         return ClassificationBatch(images, torch.tensor([example.label for example in examples]))
 

@@ -65,11 +65,13 @@ class _Examples:
         return len(self._index)
 
     def load(self, index: int) -> _Example:
+        """Read and prepare one example."""
         row = self._index[index]
         images = [self._view(read_picture(path)) for path in (row.image_path, row.image2_path)]
         return _Example(torch.stack(images), encode_text(row.text, self._tokenizer, self._max_length), row)
 
     def collate(self, examples: list[_Example]) -> NLVR2Batch:
+        """Lay examples side by side."""
         ids, mask = pad_texts([example.ids for example in examples])
         images = torch.stack([example.images for example in examples])
         labels = torch.tensor([example.row.label for example in examples])

@@ -74,6 +74,7 @@ class _Pairs:
         return len(self._index)
 
     def load(self, index: int) -> _Example:
+        """Read and prepare one example."""
         row = self._index[index]
         return _Example(row.image_id, self._image(row), self._ids(row))
 
@@ -84,6 +85,7 @@ class _Pairs:
         return encode_text(row.text, self._tokenizer, self._max_length)
 
     def collate(self, examples: list[_Example]) -> RetrievalBatch:
+        """Lay examples side by side."""
         pictures = [example for example in examples if example.image is not None]
         texts = [example for example in examples if example.ids]
         ids, mask = pad_texts([example.ids for example in texts])
@@ -111,6 +113,7 @@ class _Apart(_Pairs):
         return len(self._first) + len(self._index)
 
     def load(self, index: int) -> _Example:
+        """Read and prepare one example."""
         if index < len(self._first):
             row = self._index[self._first[index]]
             return _Example(row.image_id, self._image(row), [])

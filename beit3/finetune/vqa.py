@@ -74,11 +74,13 @@ class _Examples:
         return len(self._index)
 
     def load(self, index: int) -> _Example:
+        """Read and prepare one example."""
         row = self._index[index]
         ids = encode_text(row.text, self._tokenizer, self._max_length)
         return _Example(self._view(read_picture(row.image_path)), ids, row)
 
     def collate(self, examples: list[_Example]) -> VQABatch:
+        """Lay examples side by side."""
         ids, mask = pad_texts([example.ids for example in examples])
         targets = torch.zeros(len(examples), self._num_answers)
         for target, example in zip(targets, examples, strict=True):
