@@ -202,7 +202,8 @@ class LoopConfig:
     steps: int = 1000
     """Optimizer steps of the whole run."""
     max_seconds: float | None = None
-    """Stop (with the schedule brought to its end) after this much training time; None: only `steps` ends the run."""
+    """Stop (with the schedule brought to its end) after this much training time; None: only `steps` ends the run.
+    A run that has time enough for its steps is the same with and without a limit."""
     accumulate: int = 1
     """Batches whose gradients are averaged into one optimizer step."""
     log_every: int = 10

@@ -184,11 +184,11 @@ def _train(trainer: Trainer, log: RunLog, stop: list[int]) -> None:
     batches = iter(trainer.loader)
     meters = Meters()
     while _share_done(trainer) < 1:
-        started = time.perf_counter()
+        started = _now()
         trainer.schedule.set(_share_done(trainer))
         norm = _step(trainer, batches, meters)
         progress.step += 1
-        seconds, stopping = trainer.ranks.agree(progress.seconds + time.perf_counter() - started, float(len(stop)))
+        seconds, stopping = trainer.ranks.agree(progress.seconds + _now() - started, float(len(stop)))
         progress.seconds = seconds
         log.step(progress.step)
         if progress.step % run.loop.log_every == 0 or _share_done(trainer) >= 1:
@@ -245,11 +245,20 @@ def _skip_step(trainer: Trainer) -> None:
         )
 
 
+def _now() -> float:
+    """Seconds of a steady clock."""
+    return time.perf_counter()
+
+
 def _share_done(trainer: Trainer) -> float:
-    """Finished share of the run: by steps, or by time where a limit is set and nearer."""
+    """Finished share of the run: by steps, or by time where a limit is set and nearer.
+
+    The share of time counts squared: it ends a slow run at its limit, but the slow first steps of a run that has time
+    enough do not move its learning rate, which then depends on nothing but the step.
+    """
     loop, progress = trainer.run.loop, trainer.progress
     share = progress.step / loop.steps
-    return share if loop.max_seconds is None else max(share, progress.seconds / loop.max_seconds)
+    return share if loop.max_seconds is None else max(share, (progress.seconds / loop.max_seconds) ** 2)
 
 
 def _summary(trainer: Trainer, meters: Meters, norm: float) -> dict[str, float]:

@@ -282,6 +282,19 @@ def test_a_time_limit_ends_the_run_early(line_run: MakeRun, tasks: Tasks) -> Non
     assert (run.folder / "export").is_dir()
 
 
+def test_a_slow_first_step_within_the_time_limit_changes_nothing(
+    line_run: MakeRun, tasks: Tasks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first step takes three of ten seconds, more than its share of six steps; the limit is never reached."""
+    fit(line_run(name="free"))
+    clock = itertools.chain([0.0, 3.0], itertools.repeat(3.0))
+    monkeypatch.setattr("beit3.train.loop._now", lambda: next(clock))
+    run = line_run(**{"loop.max_seconds": 10.0})
+    fit(run)
+    assert read_log(run.folder)[-1]["seconds"] == 3.0
+    assert_same(exported(run), exported(line_run(name="free")))
+
+
 def test_a_folder_that_cannot_be_made_is_one_line(line_run: MakeRun, tasks: Tasks, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot be written"):
