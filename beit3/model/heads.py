@@ -145,6 +145,39 @@ class ClassificationModel(TaskModel):
         return logits
 
 
+class SuperClassModel(TaskModel):
+    """Images to the subwords of their captions: the mean of the patches, a LayerNorm, a linear map to the vocabulary.
+
+    Source: SuperClass, arXiv 2411.03313, section 3.
+    """
+
+    task = "superclass"
+
+    def __init__(self, config: ModelConfig, num_words: int | None = None) -> None:
+        super().__init__()
+        self.backbone = MultiwayTransformer(config)
+        self.word_norm = nn.LayerNorm(config.width)
+        self.word_head = nn.Linear(config.width, num_words or config.vocab_size)
+        nn.init.normal_(self.word_head.weight, std=config.width**-0.5)
+        nn.init.zeros_(self.word_head.bias)
+
+    @property
+    def head_options(self) -> dict[str, Any]:
+        """What rebuilding this model needs besides the transformer's configuration."""
+        return {"num_words": self.word_head.out_features}
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, words) of images (B, 3, H, W)."""
+        out: Output = self.backbone(images)
+        assert out.vision is not None
+        return self.name_words(out.vision)
+
+    def name_words(self, states: Tensor) -> Tensor:
+        """Logits (B, words) of final states (B, 1 + N, D)."""
+        logits: Tensor = self.word_head(self.word_norm(states[:, 1:].mean(dim=1)))
+        return logits
+
+
 class Pooler(nn.Module):
     """LayerNorm, linear map and tanh of one state (B, D)."""
 
@@ -332,6 +365,7 @@ AnyModel = (
     | VQAModel
     | NLVR2Model
     | CaptioningModel
+    | SuperClassModel
 )
 _TASKS: dict[str, type[TaskModel]] = {
     "pretraining": PretrainingModel,
@@ -340,8 +374,9 @@ _TASKS: dict[str, type[TaskModel]] = {
     "classification": ClassificationModel,
     "vqa": VQAModel,
     "nlvr2": NLVR2Model,
+    "superclass": SuperClassModel,
 }
-_HEAD_OPTIONS = ("codebook_size", "num_classes", "num_answers")
+_HEAD_OPTIONS = ("codebook_size", "num_classes", "num_answers", "num_words")
 
 
 def build_model(config: ModelConfig, task: str | None = None, /, **head_options: Any) -> AnyModel:
@@ -370,10 +405,10 @@ def create_model(name: str, task: str | None = None, attention: str = "shared", 
     Args:
         name: such as `beit3_base_patch16_224`; see `list_models`.
         task: None for the backbone alone, or "pretraining", "retrieval", "classification", "vqa", "nlvr2",
-            "captioning".
+            "captioning", "superclass".
         attention: "shared" or "decoupled".
         **config: further fields of `ModelConfig`; `codebook_size` for pretraining, `num_classes` for classification,
-            `num_answers` for vqa.
+            `num_answers` for vqa, `num_words` for superclass.
 
     Raises:
         ConfigError: unknown name, task or field; the message holds the nearest valid one.

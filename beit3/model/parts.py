@@ -14,6 +14,7 @@ _HEADS: dict[str, dict[Part, tuple[str, ...]]] = {
     "pretraining": {"vision": ("mim_head",), "text": ("mlm_head",)},
     "retrieval": {"vision": ("vision_head",), "text": ("language_head",)},
     "classification": {"vision": ("fc_norm", "head")},
+    "superclass": {"vision": ("word_norm", "word_head")},
 }
 """Heads that each tower keeps; tasks that are not named need both towers."""
 
