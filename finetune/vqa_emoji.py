@@ -2,7 +2,7 @@
 
 Command:  beit3 train finetune/vqa_emoji.py[:random] --data DATA
 Needs:    DATA of examples/open_tasks.py, runs/text_emoji, and runs/mdm_emoji, which the variant `random` does without
-Hardware: one CPU core, a minute
+Hardware: one CPU core, six minutes
 Expected: the table of benchmarks/README.md, `finetuning.py`
 """
 
@@ -41,7 +41,7 @@ def recipe() -> Run:
             eval_batch_size=256,
         ),
         optim=OptimConfig(name="nmuon", lr=6e-3, warmup_steps=20, weight_decay=0.1),
-        loop=LoopConfig(steps=200, log_every=20, save_every=200),
+        loop=LoopConfig(steps=600, log_every=20, save_every=200),
     )
 
 
