@@ -14,7 +14,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar, dataclass_transform, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Self, TypeVar, dataclass_transform, get_args, get_origin, get_type_hints
 
 from beit3.errors import ConfigError
 
@@ -154,6 +154,10 @@ class TaskConfig(ABC):
     @abstractmethod
     def build(self) -> Any:
         """Build the Task (`beit3.train.task.Task`) with random or given weights on the CPU."""
+
+    def in_folder(self, data: Path) -> Self:
+        """The same for a run on this data folder, where files that the Task reads when it is built are looked for."""
+        return self
 
 
 @config

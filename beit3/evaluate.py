@@ -7,26 +7,25 @@ counted once, whatever the number of ranks.
 from __future__ import annotations
 
 import json
-import shutil
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor, nn
 from tyro.conf import Positional
 
-from beit3.config import differences, require
+from beit3.config import require
 from beit3.data.example_loader import evaluation_batches
 from beit3.data.labels import labels_file
 from beit3.errors import ConfigError
+from beit3.evaluation_parts import claim_folder, make_parts, read_parts
 from beit3.finetune.captioning import Captioning, CaptioningConfig
 from beit3.finetune.classification import Classification, ClassificationConfig
 from beit3.finetune.common import FinetuneTask, Predictions
+from beit3.finetune.image_tower import TIMM, Pooling
 from beit3.finetune.nlvr2 import NLVR2, NLVR2Config
 from beit3.finetune.retrieval import Retrieval, RetrievalConfig
 from beit3.finetune.vqa import VQA, VQAConfig
@@ -34,16 +33,18 @@ from beit3.model.heads import RetrievalModel
 from beit3.model.transformer import MultiwayTransformer
 from beit3.predict import Predictor, load
 from beit3.train.distributed import Ranks, join_ranks
+from beit3.yardsticks import YARDSTICKS, Yardstick, measure_tower
 
 TaskName = Literal["classification", "vqa", "nlvr2", "captioning", "retrieval"]
-_PARTS, _SETTINGS = "parts", "settings.json"
+_PARTS = "parts"
 
 
 def evaluate(
     checkpoint: Positional[str],
     *,
     data: Path,
-    task: TaskName | None = None,
+    task: TaskName | Yardstick | None = None,
+    train: Path | None = None,
     out: Path = Path("evaluation"),
     batch_size: int = 64,
     workers: int = 0,
@@ -51,42 +52,45 @@ def evaluate(
     tokenizer: Path | None = None,
     labels: Path | None = None,
     num_beams: int = 3,
+    pooling: Pooling = "auto",
+    central_crop: float | None = None,
+    shots: int = 10,
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
     overwrite: bool = False,
 ) -> None:
     """Evaluate a checkpoint on an index file; under torchrun on all ranks.
 
     Args:
-        checkpoint: exchange folder, hf-hub:organisation/name, or released .pth file.
+        checkpoint: exchange folder, hf-hub:organisation/name, or released .pth file; for yardsticks timm:NAME too.
         data: index file (`beit3 prepare`, or a released .jsonl).
-        task: left out, the checkpoint's; `retrieval` takes a backbone as well and compares its class tokens.
-        out: folder for metrics.json and predictions.jsonl; the same command goes on with what an interrupted one left.
+        task: left out, the checkpoint's; `retrieval` takes a backbone as well and compares its class tokens. The
+            yardsticks `few_shot`, `knn` and `linear` measure frozen features of pictures with classes.
+        train: yardsticks: index file that they learn from.
+        out: folder for metrics.json and what was predicted; the same command goes on with what an interrupted one left.
         batch_size: examples of one batch of all ranks.
         workers: data processes of each rank.
         image_size: side in pixels; left out, the model's own.
         tokenizer: `.spm` file of a released model; left out, `beit3.spm` beside it.
         labels: names of the classes or answers, in the order of the model's outputs.
         num_beams: beams of captions.
+        pooling: yardsticks: mean of the patches, class token, or what the model's own head reads.
+        central_crop: yardsticks: share of the side that is kept, 0.875 as published; left out, the model's own way.
+        shots: few_shot: training pictures of each class.
         device: where the model runs.
         overwrite: begin anew.
     """
+    _check_options(checkpoint, task, train, any((image_size, tokenizer, labels)))
     with join_ranks(device) as ranks:
-        predictor = load(checkpoint, str(ranks.device), image_size=image_size, tokenizer=tokenizer, labels=labels)
-        made = build_evaluated(predictor, task, num_beams)
-        settings: dict[str, Any] = {
-            "checkpoint": checkpoint,
-            "data": str(data),
-            "task": made.kind.task,
-            "batch_size": batch_size,
-        }
-        settings |= {"image_size": list(predictor.preprocess.image_size), "ranks": ranks.world_size}
+        if train is not None and (task == "few_shot" or task == "knn" or task == "linear"):
+            places = {"train": train, "test": data}
+            metrics = measure_tower(
+                checkpoint, task, places, out, ranks, batch_size, workers, pooling, central_crop, shots, overwrite
+            )
+        else:
+            predictor = load(checkpoint, str(ranks.device), image_size=image_size, tokenizer=tokenizer, labels=labels)
+            made = build_evaluated(predictor, task, num_beams)
+            metrics = evaluate_task(made, checkpoint, data, out, ranks, batch_size, workers, num_beams, overwrite)
         if ranks.is_main:
-            _claim(out, {**settings, "num_beams": num_beams}, overwrite)
-        ranks.barrier()
-        predict_all(made, data, out / _PARTS, batch_size, workers, ranks)
-        ranks.barrier()
-        if ranks.is_main:
-            metrics = finish(made, out)
             _show(metrics, checkpoint, data)
 
 
@@ -122,12 +126,39 @@ def build_evaluated(predictor: Predictor, task: str | None, num_beams: int = 3) 
     return made.eval()
 
 
-@torch.inference_mode()
+def evaluate_task(
+    task: FinetuneTask[Any, Any],
+    checkpoint: str,
+    data: Path,
+    out: Path,
+    ranks: Ranks,
+    batch_size: int,
+    workers: int,
+    num_beams: int,
+    overwrite: bool,
+) -> dict[str, float]:
+    """Predict every row of an index file and measure the predictions; metrics on rank 0, nothing elsewhere."""
+    settings: dict[str, Any] = {
+        "checkpoint": checkpoint,
+        "data": str(data),
+        "task": task.kind.task,
+        "batch_size": batch_size,
+        "image_size": list(task.preprocess.image_size),
+        "ranks": ranks.world_size,
+        "num_beams": num_beams,
+    }
+    if ranks.is_main:
+        claim_folder(out, settings, overwrite)
+    ranks.barrier()
+    predict_all(task, data, out / _PARTS, batch_size, workers, ranks)
+    ranks.barrier()
+    return finish(task, out) if ranks.is_main else {}
+
+
 def predict_all(
     task: FinetuneTask[Any, Any], data: Path, parts: Path, batch_size: int, workers: int, ranks: Ranks
 ) -> None:
     """Predict this rank's share of an index file, a file a batch; batches that are there already are left alone."""
-    parts.mkdir(parents=True, exist_ok=True)
     examples = task.examples([data], training=False)
     batches = evaluation_batches(
         examples,
@@ -137,24 +168,19 @@ def predict_all(
         world_size=ranks.world_size,
         num_workers=workers,
     )
-    own = range(len(batches))
-    todo = [number for number in own if not (parts / _part(ranks.rank, number)).is_file()]
-    quiet = not (ranks.is_main and sys.stderr.isatty())
-    with Progress(console=Console(stderr=True), disable=quiet) as progress:
-        line = progress.add_task(f"evaluating {data.name}", total=len(own), completed=len(own) - len(todo))
-        for number, batch in zip(todo, batches.only(todo), strict=True):
-            rows = task.predict(task.move(batch, ranks.device))
-            place = parts / _part(ranks.rank, number)
-            torch.save(rows, place.with_suffix(".tmp"))
-            place.with_suffix(".tmp").replace(place)
-            progress.advance(line)
+    with torch.inference_mode():
+        make_parts(
+            batches,
+            lambda batch: task.predict(task.move(batch, ranks.device)),
+            parts,
+            ranks,
+            f"evaluating {data.name}",
+        )
 
 
 def finish(task: FinetuneTask[Any, Any], out: Path) -> dict[str, float]:
     """Measure what all ranks predicted, and write metrics.json and predictions.jsonl."""
-    rows: Predictions = []
-    for path in sorted((out / _PARTS).glob("*.pt")):
-        rows += torch.load(path, weights_only=True)
+    rows: Predictions = [row for part in read_parts(out / _PARTS) for row in part]
     metrics = task.measure(rows)
     (out / "metrics.json").write_text(json.dumps({**metrics, "examples": len(rows)}, indent=1) + "\n")
     with (out / "predictions.jsonl").open("w", encoding="utf-8") as file:
@@ -164,22 +190,18 @@ def finish(task: FinetuneTask[Any, Any], out: Path) -> dict[str, float]:
     return metrics
 
 
-def _claim(out: Path, settings: dict[str, Any], overwrite: bool) -> None:
-    """Take a folder, or go on with what the same evaluation left in it."""
-    if overwrite:
-        shutil.rmtree(out, ignore_errors=True)
-    record = out / _SETTINGS
-    if record.is_file():
-        changed = differences(json.loads(record.read_text()), settings)
-        require(not changed, f"{out} holds another evaluation ({', '.join(changed)} differ): --out or --overwrite")
-    elif out.is_dir() and any(out.iterdir()):
-        raise ConfigError(f"{out} exists and is no evaluation: choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    record.write_text(json.dumps(settings, indent=1) + "\n")
-
-
-def _part(rank: int, number: int) -> str:
-    return f"{rank:04d}-{number:06d}.pt"
+def _check_options(checkpoint: str, task: str | None, train: Path | None, changes_model: bool) -> None:
+    """Refuse options that the task would not look at."""
+    yardsticks = ", ".join(YARDSTICKS)
+    if task in YARDSTICKS:
+        require(train is not None, f"{task} learns from pictures of its own: name their index file with --train")
+        require(
+            not changes_model, f"{task} measures a tower as it is: leave --image-size, --tokenizer and --labels out"
+        )
+        return
+    require(train is None, f"--train is for yardsticks: name one with --task ({yardsticks})")
+    if checkpoint.startswith(TIMM):
+        raise ConfigError(f"{checkpoint} is an image tower alone: name a yardstick with --task ({yardsticks})")
 
 
 def _with_class_tokens(backbone: MultiwayTransformer) -> RetrievalModel:

@@ -25,7 +25,7 @@ from torch.export import Dim, ExportedProgram
 from beit3.config import nearest, require
 from beit3.errors import ConfigError
 from beit3.model.embeddings import TextEmbedding, VisionEmbedding
-from beit3.model.heads import AnyModel, TaskModel
+from beit3.model.heads import AnyModel, ClipModel, RetrievalModel, TaskModel
 from beit3.model.multiway import MultiwayBlock
 from beit3.model.transformer import MultiwayTransformer, Output
 
@@ -38,10 +38,12 @@ _INPUTS: dict[str, tuple[str, ...]] = {
 }
 _METHODS: dict[str, dict[str, str]] = {
     "retrieval": {"image": "encode_image", "text": "encode_text"},
+    "clip": {"image": "encode_image", "text": "encode_text"},
     "classification": {"image": "forward"},
     "vqa": {"pair": "forward"},
     "nlvr2": {"pair": "forward"},
     "captioning": {"pair": "forward"},
+    "superclass": {"image": "forward"},
 }
 """What runs a tower of a task model. Backbones and pretraining models give their states instead."""
 _INLINE_BYTES = 1_500_000_000
@@ -55,7 +57,7 @@ def export_program(model: AnyModel, tower: Tower) -> ExportedProgram:
     image size, normalised; `text_ids` (B, T) int64; `text_mask` (B, T) bool, True = real token.
 
     Outputs, a dictionary: `vision` (B, 1 + N, D) and `text` (B, T, D), as a backbone or a pretraining model returns
-    them; `embeddings` (B, D) of unit length of a retrieval model; `logits` of every other.
+    them; `embeddings` (B, D) of unit length of a retrieval or clip model; `logits` of every other.
 
     Args:
         model: backbone or task model; it stays as it is, and the program shares its parameters.
@@ -210,16 +212,17 @@ class _Entry(nn.Module):
     def __init__(self, model: AnyModel, tower: Tower) -> None:
         super().__init__()
         self.names = _output_names(model, tower)
-        backbone = model if isinstance(model, MultiwayTransformer) else model.backbone
+        held = "text_backbone" if isinstance(model, ClipModel) and tower == "text" else "backbone"
+        backbone = model if isinstance(model, MultiwayTransformer) else getattr(model, held)
         for name, embedding in (("vision", VisionEmbedding), ("text", TextEmbedding)):
             require(
-                name not in _MODALITIES[tower] or isinstance(getattr(backbone, f"{name}_embedding"), embedding),
+                name not in _MODALITIES[tower] or isinstance(getattr(backbone, f"{name}_embedding", None), embedding),
                 f"tower '{tower}': this model was loaded without its {name} tower: load it with parts=None",
             )
         self.model: nn.Module = PaddedTransformer(backbone, tower)
         self.method = "forward"
         if isinstance(model, TaskModel) and model.task in _METHODS:
-            self.model = _on(self.model, model)
+            self.model = _on(self.model, model, held)
             self.method = _METHODS[model.task][tower]
 
     def forward(
@@ -243,13 +246,14 @@ def _output_names(model: AnyModel, tower: Tower) -> tuple[str, ...]:
     if tower not in towers:
         has = f"export its {' or '.join(towers)} tower" if towers else "export its backbone"
         raise ConfigError(f"a {model.task} model has no {tower} tower: {has}")
-    return ("embeddings",) if model.task == "retrieval" else ("logits",)
+    return ("embeddings",) if isinstance(model, RetrievalModel) else ("logits",)
 
 
-def _on(padded: nn.Module, model: TaskModel) -> nn.Module:
-    """The task model with another backbone; the heads are the same, and the given model stays as it is."""
+def _on(padded: nn.Module, model: TaskModel, held: str) -> nn.Module:
+    """The task model with another transformer and no other one; the heads are the same, the given model stays."""
     twin = copy.copy(model)
-    twin._modules = {**model._modules, "backbone": padded}
+    heads = {name: part for name, part in model._modules.items() if not isinstance(part, MultiwayTransformer)}
+    twin._modules = {**heads, held: padded}
     return twin
 
 

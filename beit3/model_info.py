@@ -10,7 +10,7 @@ from torch import Tensor
 from beit3.data.preprocess import Preprocess
 from beit3.data.source import RELEASED_TOKENIZER, TOKENIZER_FILE, Source
 from beit3.errors import BeitError
-from beit3.model.heads import AnyModel
+from beit3.model.heads import AnyModel, ClipModel
 
 
 def describe_model(source: Source, model: AnyModel) -> list[str]:
@@ -24,6 +24,7 @@ def describe_model(source: Source, model: AnyModel) -> list[str]:
     return [
         f"{source.path}: {model.task or 'backbone'}{part}, {layout}",
         f"  shape       {config.num_layers} layers of {config.width}, {config.num_heads} heads, FFN {config.ffn_width}",
+        *_text_tower(model),
         f"  attention   {config.attention}, {config.fusion_layers} fusion layers"
         + ("" if config.final_norm else ", no final norm"),
         f"  pictures    {height} x {width} pixels in {rows} x {columns} patches of {config.patch_size}; "
@@ -66,17 +67,28 @@ def _around(source: Source, model: AnyModel) -> tuple[dict[str, str], list[str]]
     return words, problems
 
 
+def _text_tower(model: AnyModel) -> list[str]:
+    if not isinstance(model, ClipModel):
+        return []
+    text, width = model.text_backbone.config, model.head_options["embed_width"]
+    return [
+        f"  text tower  {text.num_layers} layers of {text.width}, {text.num_heads} heads; vectors of {width}, "
+        f"images by {model.pooling}"
+    ]
+
+
 def _outputs(model: AnyModel) -> list[tuple[str, int]]:
     return [
         (option.removeprefix("num_").replace("_size", " codes"), number)
         for option, number in model.head_options.items()
+        if option.startswith("num_") or option == "codebook_size"
     ]
 
 
 def _by_tower(model: AnyModel) -> str:
     counts: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
-        if model.task is not None and not name.startswith("backbone."):
+        if model.task is not None and not name.startswith(("backbone.", "text_backbone.")):
             counts["heads"] += parameter.numel()
         else:
             counts[next((tower for tower in ("vision", "text", "fusion") if tower in name), "shared")] += (

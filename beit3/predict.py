@@ -31,12 +31,14 @@ from beit3.model.heads import (
     NLVR2Model,
     PretrainingModel,
     RetrievalModel,
+    SuperClassModel,
     VQAModel,
 )
 from beit3.model.presets import BOS, EOS
 from beit3.model.pretrained import Part
 from beit3.model.store import load_model
 from beit3.model.transformer import MultiwayTransformer, Output
+from beit3.tokenizer.subwords import WordList
 from beit3.tokenizer.text import TextTokenizer
 from beit3.train.distributed import choose_device
 
@@ -100,8 +102,9 @@ def load(
         logger.warning(
             "%s has no names for its %d outputs, so they are numbered: give a list of labels", source, outputs
         )
+    words = found.read_words(model)
     model = model.to(target) if dtype is None else model.to(target, dtype)
-    return Predictor(model, text, preprocess, labels=names, allow_urls=allow_urls)
+    return Predictor(model, text, preprocess, labels=names, words=words, allow_urls=allow_urls)
 
 
 def _as_size(image_size: object) -> tuple[int, int]:
@@ -123,6 +126,7 @@ class Predictor:
         tokenizer: of the model; None: verbs that need texts are refused.
         preprocess: how pictures and texts were prepared in training.
         labels: names of the classes or answers.
+        words: vocabulary of a SuperClass model.
         allow_urls: whether pictures may be `http(s)://` addresses.
     """
 
@@ -133,11 +137,13 @@ class Predictor:
         preprocess: Preprocess,
         *,
         labels: Sequence[str] | None = None,
+        words: WordList | None = None,
         allow_urls: bool = False,
     ) -> None:
         self.model = model.eval()
         self.preprocess = preprocess
         self.labels = labels
+        self.words = words
         self._backbone = model if isinstance(model, MultiwayTransformer) else model.backbone
         self._tokenizer = tokenizer
         self._allow_urls = allow_urls
@@ -166,7 +172,8 @@ class Predictor:
         """Embed pictures.
 
         Returns:
-            (n, D) float32 on the CPU, unit length. Retrieval models use their heads, others the class token.
+            (n, D) float32 on the CPU, unit length. Retrieval models use their heads, SuperClass models the mean of the
+            patches, which is what they train, others the class token.
 
         Raises:
             DataMissingError: a picture does not exist.
@@ -175,6 +182,8 @@ class Predictor:
         model = self.model
         if isinstance(model, RetrievalModel):
             return self._rows(images, lambda pixels: _unit(model.encode_image(pixels)))
+        if isinstance(model, SuperClassModel):
+            return self._rows(images, lambda pixels: _unit(_vision(self._backbone(pixels))[:, 1:].mean(1)))
         return self._rows(images, lambda pixels: _unit(_vision(self._backbone(pixels))[:, 0]))
 
     @torch.no_grad()
@@ -202,6 +211,24 @@ class Predictor:
         model = self._needs(ClassificationModel, "classify")
         logits = self._rows(images, model)
         return self._ranked(logits.softmax(-1), top, "class")
+
+    @torch.no_grad()
+    def predict_words(self, images: Iterable[ImageInput], top: int = 10) -> list[Ranking]:
+        """Name the subwords that the captions of pictures would hold, with probabilities; `##` marks parts of words.
+
+        Raises:
+            ConfigError: the model is no SuperClass model, or `top` is below 1.
+        """
+        _check_top(top)
+        model = self._needs(SuperClassModel, "predict_words")
+        if self.words is None:
+            raise ConfigError("this model has no vocabulary: load it with beit3.load, from a folder with words.json")
+        chances = self._rows(images, model).softmax(-1)[:, : len(self.words.subwords)]
+        values, found = chances.topk(min(top, chances.shape[-1]))
+        return [
+            [(self.words.subwords.word(index), value) for index, value in zip(indices, row, strict=True)]
+            for indices, row in zip(found.tolist(), values.tolist(), strict=True)
+        ]
 
     @overload
     def answer(self, image: ImageInput, question: str, top: int = 5) -> Ranking: ...  # type: ignore[overload-overlap]
@@ -357,7 +384,8 @@ class Predictor:
     def _files(self) -> dict[str, bytes]:
         tokenizer = {} if self._tokenizer is None else {TOKENIZER_FILE: self._tokenizer.model}
         labels = {} if self.labels is None else labels_file(self.labels)
-        return {**self.preprocess.file(), **tokenizer, **labels}
+        words = {} if self.words is None else self.words.files()
+        return {**self.preprocess.file(), **tokenizer, **labels, **words}
 
     def _needs(self, kind: type[M], verb: str) -> M:
         if not isinstance(self.model, kind):

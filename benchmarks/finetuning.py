@@ -60,8 +60,6 @@ def measure(task: str, arm: str, seed: int, quickstart: Path, data: Path, out: P
     changes: dict[str, Any] = {"task.init_from": quickstart / "pretraining/export" if arm == "pretrained" else None}
     if hasattr(recipe.task, "text_tokenizer"):
         changes["task.text_tokenizer"] = quickstart / "text_tokenizer/tokenizer.spm"
-    if recipe.name == "vqa_emoji":
-        changes["task.labels"] = data / "vqa.labels.json"
     run = replace(recipe, name=f"{recipe.name}-{arm}-{seed}", data=data, out=out, seed=seed, **changes)
     record = run.folder / "measured.json"
     if not record.is_file():

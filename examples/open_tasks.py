@@ -28,6 +28,8 @@ from PIL import Image
 VENDORS = ("google", "fluent-emoji-flat", "fluent-3d")
 UNSEEN = "twitter"
 STAMPS = "tuxpaint"
+PARTS = "components"
+"""Group of skin tones and hair, which belong to emoji and are hardly drawn: ten drawings, too few to learn."""
 Row = dict[str, Any]
 
 
@@ -79,7 +81,7 @@ def unpack(folder: Path, out: Path) -> Iterator[Picture]:
 
 def write_groups(pictures: Sequence[Picture], out: Path) -> None:
     """Classification into the groups of emoji."""
-    emoji = [picture for picture in pictures if "hexcode" in picture.meta and picture.meta["category"]]
+    emoji = [p for p in pictures if "hexcode" in p.meta and p.meta["category"] not in ("", None, PARTS)]
     names = sorted({picture.meta["category"] for picture in emoji})
     rows: dict[str, list[Row]] = {"train": [], "test": []}
     for picture in emoji:

@@ -34,7 +34,7 @@ def recipe() -> Run:
             init_from=Path("runs/mdm_emoji/export"),
             train="groups.train.jsonl",
             eval="groups.test.jsonl",
-            num_classes=9,
+            labels=Path("groups.labels.json"),
             preprocess=Preprocess(image_size=(48, 48)),
             view=ClassificationViewConfig(scale=(0.6, 1.0), flip=0.0, auto_augment=None, color_jitter=0.2, erase=0.0),
             mixup=0.0,
@@ -57,7 +57,11 @@ def digits() -> Run:
     return replace(
         recipe(),
         name="classification_digits",
-        **{"task.train": "digits.train.jsonl", "task.eval": "digits.test.jsonl", "task.num_classes": 10},
+        **{
+            "task.train": "digits.train.jsonl",
+            "task.eval": "digits.test.jsonl",
+            "task.labels": Path("digits.labels.json"),
+        },
     )
 
 

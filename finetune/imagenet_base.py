@@ -1,7 +1,7 @@
 """Image classification on ImageNet-1k (BEiT-3's released recipe).
 
 Command:  torchrun --nproc-per-node 8 -m beit3 train finetune/imagenet_base.py[:large] --data DATA
-Needs:    DATA/imagenet.{train,val}.index.jsonl (`beit3 prepare imagenet`), the released checkpoint
+Needs:    DATA/imagenet.{train,val}.index.jsonl (`beit3 prepare imagenet`); here the released checkpoint
 Hardware: 50 epochs of 1,281,167 images at 224: about 5 H100-hours for base at 400 TFLOP/s. Not run here
 Expected: top-1 85.4 (base), 87.6 (large), both from the pretrained checkpoint; released README
 Source:   microsoft/unilm beit3/get_started/get_started_for_image_classification.md
@@ -23,6 +23,7 @@ def recipe() -> Run:
             init_from=Path("beit3_base_patch16_224.pth"),
             train="imagenet.train.index.jsonl",
             eval="imagenet.val.index.jsonl",
+            num_classes=1000,
             batch_size=1024,
         ),
         optim=OptimConfig(

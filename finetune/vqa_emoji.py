@@ -32,7 +32,7 @@ def recipe() -> Run:
             ),
             init_from=Path("runs/mdm_emoji/export"),
             text_tokenizer=Path("runs/text_emoji/tokenizer.spm"),
-            labels=Path("data/vqa.labels.json"),
+            labels=Path("vqa.labels.json"),
             train="vqa.train.jsonl",
             eval="vqa.test.jsonl",
             view=MultimodalViewConfig(scale=(0.8, 1.0)),

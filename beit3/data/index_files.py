@@ -25,7 +25,8 @@ from PIL import Image
 
 from beit3.data.images import decode_image
 from beit3.data.texts import clean_text
-from beit3.errors import BadSampleError, DataMissingError
+from beit3.errors import BadSampleError, ConfigError, DataMissingError
+from beit3.metrics.accuracy import nlvr2_parts
 from beit3.model.presets import BOS, EOS
 from beit3.tokenizer.text import TextTokenizer
 
@@ -94,7 +95,7 @@ class VQARow(Row):
         if len(scores) != len(labels) or not all(_is_share(score) for score in scores):
             raise BadSampleError("invalid_scores", f"{scores} for labels {labels}")
         qid, answers, kind = fields.integer("qid"), fields.strings("answers"), fields.word("answer_type")
-        return cls(fields.picture("image_path"), qid, fields.text(), labels, scores, answers, kind)
+        return cls(fields.picture("image_path"), qid, fields.text("question"), labels, scores, answers, kind)
 
 
 class VQATrainingRow(VQARow):
@@ -119,18 +120,18 @@ class NLVR2Row(Row):
     text: Text
     label: int
     identifier: str
+    """Split, set of pictures, pair and sentence, as published: `test1-0-1-0`."""
 
     unique: ClassVar[str | None] = "identifier"
 
     @classmethod
     def parse(cls, fields: Fields) -> Self:
         """Read a row."""
-        label, identifier = fields.integer("label"), fields.required("identifier")
+        label, identifier = fields.integer("label"), fields.identifier()
         if label not in (0, 1):
             raise BadSampleError("invalid_label", f"{label} is neither 0 nor 1")
-        if not isinstance(identifier, str):
-            raise BadSampleError("invalid_identifier", str(identifier))
-        return cls(fields.picture("image_path"), fields.picture("image2_path"), fields.text(), label, identifier)
+        pictures = fields.picture("image_path"), fields.picture("image2_path")
+        return cls(*pictures, fields.text("sentence"), label, identifier)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,14 +153,14 @@ class CaptioningRow(Row):
 
     image_id: int
     captions: tuple[str, ...]
-    """As written; empty where they are kept elsewhere or secret."""
+    """Cleaned, without those of white space alone; empty where they are kept elsewhere or secret."""
 
     unique: ClassVar[str | None] = "image_id"
 
     @classmethod
     def parse(cls, fields: Fields) -> Self:
         """Read a row."""
-        return cls(fields.picture("image_path"), fields.integer("image_id"), fields.strings("captions"))
+        return cls(fields.picture("image_path"), fields.integer("image_id"), fields.texts("captions"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,6 +229,15 @@ class Fields:
             raise BadSampleError(f"invalid_{name}", "no string")
         return value or ""
 
+    def identifier(self) -> str:
+        """An identifier in NLVR2's form, which tells the sentence (`missing_identifier`, `invalid_identifier`)."""
+        value = self.required("identifier")
+        try:
+            nlvr2_parts(self.word("identifier"))
+        except ConfigError as error:
+            raise BadSampleError("invalid_identifier", str(error)) from error
+        return str(value)
+
     def strings(self, name: str) -> tuple[str, ...]:
         """A list of strings as they are written (`invalid_NAME`)."""
         values = self.several(name)
@@ -235,17 +245,33 @@ class Fields:
             raise BadSampleError(f"invalid_{name}", "not all are strings")
         return tuple(values)
 
-    def text(self) -> Text:
-        """The text or its ids (`missing_text`, `empty_caption`, `not_text`)."""
+    def texts(self, name: str) -> tuple[str, ...]:
+        """A list of strings, cleaned; empty ones are dropped from the row and counted (`invalid_NAME`)."""
+        kept = []
+        for value in self.strings(name):
+            try:
+                kept.append(clean_text(value))
+            except BadSampleError as error:
+                if self._checks:
+                    self._checks.dropped.append(error.reason)
+        return tuple(kept)
+
+    def text(self, what: str = "caption") -> Text:
+        """The text or its ids (`missing_text`, `empty_WHAT`, `not_text`)."""
         value = self._values.get("text")
         if value is None:
             value = self._values.get("text_segment")
         if value is None:
             raise BadSampleError("missing_text")
         if not isinstance(value, list):
-            return clean_text(value)
+            try:
+                return clean_text(value)
+            except BadSampleError as error:
+                if error.reason != "empty_caption":
+                    raise
+                raise BadSampleError(f"empty_{what}") from error
         if not value:
-            raise BadSampleError("empty_caption")
+            raise BadSampleError(f"empty_{what}")
         if not all(type(index) is int and index >= 0 for index in value):
             raise BadSampleError("not_text", "token ids must be whole numbers from 0 on")
         return tuple(value)
@@ -275,6 +301,8 @@ class _Checks:
         self.num_labels = num_labels
         self.owners: dict[int, str] = {}
         """Picture of each id."""
+        self.dropped: list[str] = []
+        """Why parts of the row at hand were left out."""
         self._keys: set[object] = set()
         self._listed: dict[str, set[str]] = {}
 
@@ -308,8 +336,10 @@ class Index(Sequence[R], Generic[R]):
     def __init__(self, kind: type[R], paths: Sequence[Path]) -> None:
         self.skipped: Counter[str] = Counter()
         """Rows left out, by reason."""
+        self.dropped: Counter[str] = Counter()
+        """Parts left out of rows that stay, by reason: `empty_caption` among the captions of a picture."""
         self.examples: dict[str, list[str]] = {}
-        """Where the first of them stand, by reason."""
+        """Where the first of both stand, by reason."""
         self._kind = kind
         self._names = ", ".join(str(path) for path in paths)
         self._folders = [str(path.parent) for path in paths]
@@ -337,13 +367,14 @@ class Index(Sequence[R], Generic[R]):
 
     def report(self) -> str:
         """Say in one line how many rows there are and what was left out."""
-        left_out = sum(self.skipped.values())
-        text = f"{self._names}: {len(self):,} of {len(self) + left_out:,} rows"
-        reasons = [
-            f"{count:,} {reason} (such as {', '.join(self.examples[reason])})"
-            for reason, count in sorted(self.skipped.items())
-        ]
-        return f"{text}; left out: {'; '.join(reasons)}" if reasons else text
+        text = f"{self._names}: {len(self):,} of {len(self) + self.skipped.total():,} rows"
+        for what, counts in (("left out", self.skipped), ("left out of rows that stay", self.dropped)):
+            reasons = [
+                f"{count:,} {reason} (such as {', '.join(self.examples[reason])})"
+                for reason, count in sorted(counts.items())
+            ]
+            text += f"; {what}: {'; '.join(reasons)}" if reasons else ""
+        return text
 
     def _read(self, paths: Sequence[Path], checks: _Checks) -> None:
         """Keep the lines that are usable, and count the others."""
@@ -353,27 +384,34 @@ class Index(Sequence[R], Generic[R]):
                 for line_number, line in enumerate(file, start=1):
                     if not line.strip():
                         continue
+                    place = f"{path.name}:{line_number}"
+                    checks.dropped.clear()
                     try:
                         row = self._kind.parse(Fields(_json_object(line), self._folders[file_number], checks))
                         checks.claim(row)
                     except BadSampleError as error:
-                        self.skipped[error.reason] += 1
-                        places = self.examples.setdefault(error.reason, [])
-                        if len(places) < _EXAMPLES:
-                            places.append(f"{path.name}:{line_number}")
+                        self._count(self.skipped, error.reason, place)
                         continue
+                    for reason in checks.dropped:
+                        self._count(self.dropped, reason, place)
                     lines += line
                     ends.append(len(lines))
                     files.append(file_number)
         self._lines, self._ends, self._files = bytes(lines), np.array(ends, np.int64), np.array(files, np.int32)
 
+    def _count(self, counts: Counter[str], reason: str, place: str) -> None:
+        counts[reason] += 1
+        places = self.examples.setdefault(reason, [])
+        if len(places) < _EXAMPLES and place not in places:
+            places.append(place)
+
 
 def read_index(paths: Path | Sequence[Path], kind: type[R], *, num_labels: int | None = None) -> Index[R]:
-    """Read and check index files; what is left out is counted in `Index.skipped` and logged as a warning.
+    """Read and check index files; what is left out is counted (`Index.skipped`, `dropped`) and logged as a warning.
 
     Reasons: `malformed_line`, `missing_FIELD`, `invalid_FIELD`, `duplicate_FIELD` (the first row stays),
-    `empty_caption`, `not_text`, `picture_not_found`, `label_out_of_range`, `no_answer_in_vocabulary`,
-    `image_id_of_another_picture`.
+    `empty_caption`, `empty_question`, `empty_sentence`, `not_text`, `picture_not_found`, `label_out_of_range`,
+    `no_answer_in_vocabulary`, `image_id_of_another_picture`.
 
     Args:
         paths: one `.jsonl` file, or several that are read as one.
@@ -391,7 +429,7 @@ def read_index(paths: Path | Sequence[Path], kind: type[R], *, num_labels: int |
     index._read(paths, _Checks(num_labels))
     if not len(index):
         raise DataMissingError(f"no usable {kind.__name__} in {index.report()}: prepare the data again")
-    if index.skipped:
+    if index.skipped or index.dropped:
         logger.warning(index.report())
     return index
 

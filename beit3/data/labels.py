@@ -10,6 +10,34 @@ from pathlib import Path
 from beit3.errors import ConfigError, DataMissingError
 
 FILE = "labels.json"
+RELEASED_FILE = "answer2label.txt"
+
+
+def find_labels(labels: Path, data: Path) -> Path:
+    """Where the labels lie that a run names: in its data folder if they are there, else where the path itself leads.
+
+    Args:
+        labels: as named, absolute or not.
+        data: the run's data folder.
+
+    Raises:
+        DataMissingError: a relative path leads to nothing from either place.
+    """
+    for place in (data / labels, labels):
+        if os.path.isfile(place):
+            return place
+    if labels.is_absolute():
+        raise DataMissingError(f"labels {labels} do not exist")
+    raise DataMissingError(
+        f"labels {labels} are neither in {data} nor in the current folder: prepare the data, or name others with "
+        "--task.labels"
+    )
+
+
+def labels_beside(index: Path) -> Path | None:
+    """The labels that an index file came with: `labels.json` in its folder, or else the released answer list."""
+    places = (index.with_name(name) for name in (FILE, RELEASED_FILE))
+    return next((place for place in places if os.path.isfile(place)), None)
 
 
 def read_labels(path: Path) -> list[str]:

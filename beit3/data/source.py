@@ -15,9 +15,10 @@ from beit3.data.preprocess import FILE as PREPROCESS_FILE
 from beit3.data.preprocess import Preprocess
 from beit3.errors import ConfigError, DataMissingError
 from beit3.model.exchange import CONFIG_FILE, is_exchange, is_weights, read_settings
-from beit3.model.heads import AnyModel
+from beit3.model.heads import AnyModel, SuperClassModel
 from beit3.model.hub import local_path
 from beit3.model.released_files import shown
+from beit3.tokenizer.subwords import WordList
 from beit3.tokenizer.text import TextTokenizer
 
 TOKENIZER_FILE = "tokenizer.spm"
@@ -75,6 +76,17 @@ class Source:
                 "this tokenizer belongs to another model"
             )
         return found
+
+    def read_words(self, model: AnyModel) -> WordList | None:
+        """The vocabulary of a SuperClass model; None for other models.
+
+        Raises:
+            DataMissingError: it does not lie with the model.
+            ConfigError: it is damaged, or belongs to another model.
+        """
+        if not isinstance(model, SuperClassModel) or model.part == "text":
+            return None
+        return WordList.read(self.path, model.word_head.linear.out_features)
 
     def read_labels(self, model: AnyModel) -> list[str] | None:
         """Names of the classes or answers: those beside the model, or ImageNet's; None if it has none.

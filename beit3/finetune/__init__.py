@@ -1,1 +1,1 @@
-"""Finetuning: one Task a file. Nothing here yet; contrastive tuning for retrieval is `beit3.pretrain.contrastive`."""
+"""Finetuning and probing: one Task a file, what they share in `common`."""

@@ -177,7 +177,8 @@ class Captioning(TextFinetuneTask[CaptioningConfig, CaptionBatch]):
         if self.training:
             self.batches += 1
         if self.config.drop_worst and int(self.batches) > self.config.drop_worst_after:
-            losses = losses.topk(int(len(losses) * (1 - self.config.drop_worst)), largest=False).values
+            kept = max(1, int(len(losses) * (1 - self.config.drop_worst)))
+            losses = losses.topk(kept, largest=False).values
         return {"loss": losses.mean(), "accuracy": (logits.argmax(1) == targets).float().mean()}
 
     def predict(self, batch: CaptionBatch) -> Predictions:
@@ -196,11 +197,15 @@ class Captioning(TextFinetuneTask[CaptioningConfig, CaptionBatch]):
         ]
 
     def measure(self, predictions: Predictions) -> dict[str, float]:
-        """CIDEr-D, BLEU and ROUGE-L, where the index holds what people wrote."""
+        """CIDEr-D, BLEU and ROUGE-L over the pictures of which the index holds what people wrote.
+
+        Where that is not all of them, `judged` is their share.
+        """
         judged = [row for row in predictions if row["references"]]
         if not judged:
             return {}
-        return caption_scores([row["caption"] for row in judged], [row["references"] for row in judged])
+        scores = caption_scores([row["caption"] for row in judged], [row["references"] for row in judged])
+        return scores if len(judged) == len(predictions) else {**scores, "judged": len(judged) / len(predictions)}
 
 
 def hide_words(ids: Sequence[int], probability: float, mask_id: int) -> tuple[list[int], dict[int, int]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -16,22 +17,24 @@ from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor
 
-from beit3.config import config, require
+from beit3.config import Run, config, replace, require
 from beit3.data.augment import ClassificationView, ClassificationViewConfig, erase_at_random
 from beit3.data.index_files import ClassificationRow, Index, read_index, read_picture
-from beit3.data.labels import read_labels
+from beit3.data.labels import find_labels, read_labels
 from beit3.finetune.common import Batch, FinetuneConfig, FinetuneTask, Predictions
 from beit3.metrics.accuracy import class_ranks, topk_accuracy
 from beit3.model.heads import ClassificationModel
+from beit3.train.task import Loader
 
 
 @config
 class ClassificationConfig(FinetuneConfig):
     """Classes, views and loss."""
 
-    num_classes: int = 1000
+    num_classes: int | None = None
+    """None: as many as `labels` names."""
     labels: Path | None = None
-    """`labels.json` with the classes' names, for the export; None: numbered."""
+    """`labels.json` with the classes' names, in the data folder or elsewhere, for the export; None: numbered."""
     view: ClassificationViewConfig = ClassificationViewConfig()
     """How training pictures are varied."""
     mixup: float = 0.8
@@ -42,7 +45,10 @@ class ClassificationConfig(FinetuneConfig):
 
     def __post_init__(self) -> None:
         FinetuneConfig.__post_init__(self)
-        require(self.num_classes >= 2, f"num_classes must be at least 2, not {self.num_classes}")
+        require(self.num_classes is not None or self.labels is not None, "give num_classes, or labels to count them")
+        require(
+            self.num_classes is None or self.num_classes >= 2, f"num_classes must be at least 2, not {self.num_classes}"
+        )
         require(0 <= self.label_smoothing < 1, f"label_smoothing must lie in 0..1, not {self.label_smoothing}")
         for name in ("mixup", "cutmix"):
             require(getattr(self, name) >= 0, f"{name} must not be negative, not {getattr(self, name)}")
@@ -50,6 +56,10 @@ class ClassificationConfig(FinetuneConfig):
     def build(self) -> Classification:
         """Build the Task, with random or given weights."""
         return Classification(self)
+
+    def in_folder(self, data: Path) -> Self:
+        """With the labels that lie in the data folder."""
+        return self if self.labels is None else replace(self, labels=find_labels(self.labels, data))
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,11 +102,8 @@ class Classification(FinetuneTask[ClassificationConfig, ClassificationBatch]):
 
     def __init__(self, config: ClassificationConfig, model: ClassificationModel | None = None) -> None:
         labels = None if config.labels is None else read_labels(config.labels)
-        require(
-            labels is None or len(labels) == config.num_classes,
-            f"{config.labels} names {len(labels or [])} classes, num_classes is {config.num_classes}",
-        )
-        super().__init__(config, model, labels, num_classes=config.num_classes)
+        self.num_classes = _count_classes(config, labels)
+        super().__init__(config, model, labels, num_classes=self.num_classes)
         self.model.backbone.freeze_unreached(images=True, texts=False, pairs=False)
         self._view = ClassificationView(config.view, self.preprocess)
         self._mix = None
@@ -106,13 +113,23 @@ class Classification(FinetuneTask[ClassificationConfig, ClassificationBatch]):
                 mixup_alpha=config.mixup,
                 cutmix_alpha=config.cutmix,
                 label_smoothing=config.label_smoothing,
-                num_classes=config.num_classes,
+                num_classes=self.num_classes,
             )
 
     def examples(self, paths: Sequence[Path], *, training: bool) -> _Examples:
         """Pictures of index files."""
-        index = read_index(paths, ClassificationRow, num_labels=self.config.num_classes)
+        index = read_index(paths, ClassificationRow, num_labels=self.num_classes)
         return _Examples(index, self._view if training else self.preprocess)
+
+    def train_loader(self, run: Run, rank: int, world_size: int) -> Loader[ClassificationBatch]:
+        """Endless batches in a new order each epoch; mixup mixes pairs of pictures of a rank."""
+        size = self.config.batch_size
+        require(
+            self._mix is None or size % (2 * world_size) == 0,
+            f"mixup needs an even number of pictures on each rank, so batch_size {size} on {world_size} ranks must be "
+            f"a multiple of {2 * world_size}",
+        )
+        return super().train_loader(run, rank, world_size)
 
     def forward(self, batch: ClassificationBatch) -> dict[str, Tensor]:
         """Cross-entropy, in training with erased and mixed pictures."""
@@ -139,3 +156,16 @@ class Classification(FinetuneTask[ClassificationConfig, ClassificationBatch]):
     def measure(self, predictions: Predictions) -> dict[str, float]:
         """Accuracy of the first and of the first five guesses."""
         return topk_accuracy(torch.tensor([row["rank"] for row in predictions]))
+
+
+def _count_classes(config: ClassificationConfig, labels: Sequence[str] | None) -> int:
+    """How many classes there are, by number or by name; both must agree."""
+    named, given = None if labels is None else len(labels), config.num_classes
+    require(named is None or named >= 2, f"{config.labels} names {named} classes: a classification needs two")
+    require(
+        named is None or given is None or named == given,
+        f"{config.labels} names {named} classes, num_classes is {given}",
+    )
+    count = named or given
+    assert count is not None
+    return count

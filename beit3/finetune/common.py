@@ -6,6 +6,7 @@ Shapes: B examples, H, W height and width in pixels, T longest text.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from beit3.model.presets import PAD, ModelConfig
 from beit3.model.store import fill_model
 from beit3.tokenizer.text import TextTokenizer
 from beit3.train.task import Loader, Task, Work
+
+logger = logging.getLogger(__name__)
 
 Predictions = list[dict[str, Any]]
 """One row for each example: plain values, or tensors on the CPU."""
@@ -138,6 +141,7 @@ class FinetuneTask(Task[B], ABC, Generic[C, B]):
         self.model: Any
         self.model = build_model(config.model, self.kind.task, **options) if model is None else model
         self.labels = labels
+        self._held_out: tuple[Path, BatchedExamples[Any, B]] | None = None
         self.preprocess = config.preprocess or Preprocess.of_task(config.model, self.kind.task)
         if model is None and config.init_from is not None:
             fill_model(self.model, config.init_from)
@@ -156,8 +160,17 @@ class FinetuneTask(Task[B], ABC, Generic[C, B]):
         """Metrics of the predictions of a whole set; shares in 0..1."""
 
     def train_loader(self, run: Run, rank: int, world_size: int) -> Loader[B]:
-        """Endless batches in a new order each epoch."""
-        examples = self.examples([run.data / name for name in self.config.train.split(",")], training=True)
+        """Endless batches in a new order each epoch.
+
+        Rank 0 reads what it will evaluate on as well: whatever is wrong there is said now, not after the training.
+        """
+        paths = [run.data / name for name in self.config.train.split(",")]
+        examples = self.examples(paths, training=True)
+        if rank == 0 and self.config.eval is not None:
+            held_out = run.data / self.config.eval
+            self._examples_to_evaluate(held_out)
+            if held_out.resolve() in (path.resolve() for path in paths):
+                logger.warning("%s is trained on and evaluated on: metrics will not tell of unseen examples", held_out)
         return ExampleLoader(
             examples,
             examples.collate,
@@ -172,8 +185,14 @@ class FinetuneTask(Task[B], ABC, Generic[C, B]):
         """Held-out examples in order."""
         if self.config.eval is None:
             return None
-        examples = self.examples([run.data / self.config.eval], training=False)
+        examples = self._examples_to_evaluate(run.data / self.config.eval)
         return evaluation_batches(examples, examples.collate, batch_size=self.config.eval_batch_size)
+
+    def _examples_to_evaluate(self, path: Path) -> BatchedExamples[Any, B]:
+        """Examples of an index file, which is read once."""
+        if self._held_out is None or self._held_out[0] != path:
+            self._held_out = path, self.examples([path], training=False)
+        return self._held_out[1]
 
     def evaluate(self, loader: Iterable[B]) -> dict[str, float]:
         """Metrics of all batches."""

@@ -21,7 +21,7 @@ from beit3.finetune.common import Predictions, TextBatch, TextFinetuneConfig, Te
 from beit3.metrics.retrieval import feature_ranks, recall_of_ranks
 from beit3.model.heads import RetrievalModel
 from beit3.model.packing import Layout, PackedBatch, pack_texts
-from beit3.pretrain.contrastive import contrastive_loss
+from beit3.pretrain.contrastive_loss import contrastive_loss
 from beit3.tokenizer.text import TextTokenizer
 
 

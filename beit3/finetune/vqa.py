@@ -11,19 +11,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import Self
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from beit3.config import config
+from beit3.config import Run, config, replace, require
 from beit3.data.index_files import Index, VQARow, VQATrainingRow, encode_text, read_index, read_picture
-from beit3.data.labels import read_labels
+from beit3.data.labels import find_labels, labels_beside, read_labels
 from beit3.finetune.common import Predictions, TextBatch, TextFinetuneConfig, TextFinetuneTask, pad_texts
 from beit3.metrics.vqa_accuracy import vqa_accuracy
 from beit3.model.heads import VQAModel
 from beit3.tokenizer.text import TextTokenizer
+from beit3.train.task import Loader
 
 
 @config
@@ -31,11 +33,16 @@ class VQAConfig(TextFinetuneConfig):
     """Answers."""
 
     labels: Path
-    """`labels.json` (or the released `answer2label.txt`) with the answers, in the order of the index files' labels."""
+    """`labels.json` (or the released `answer2label.txt`) with the answers, in the order of the index files' labels; in
+    the data folder or elsewhere."""
 
     def build(self) -> VQA:
         """Build the Task, with random or given weights."""
         return VQA(self)
+
+    def in_folder(self, data: Path) -> Self:
+        """With the labels that lie in the data folder."""
+        return replace(self, labels=find_labels(self.labels, data))
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +114,18 @@ class VQA(TextFinetuneTask[VQAConfig, VQABatch]):
         index: Index[VQARow] = read_index(paths, kind, num_labels=len(self.answers))
         view = self.training_view if training else self.preprocess
         return _Examples(index, view, self.text_tokenizer, self.config.max_text_length, len(self.answers))
+
+    def train_loader(self, run: Run, rank: int, world_size: int) -> Loader[VQABatch]:
+        """Endless batches in a new order each epoch, of index files that came with the run's answers."""
+        names = [*self.config.train.split(","), *([self.config.eval] if self.config.eval else [])]
+        for path in (run.data / name for name in names):
+            beside = labels_beside(path)
+            require(
+                beside is None or read_labels(beside) == self.answers,
+                f"{path.name} numbers the answers of {beside}, which are others than those of {self.config.labels}: "
+                f"use --task.labels {beside}",
+            )
+        return super().train_loader(run, rank, world_size)
 
     def forward(self, batch: VQABatch) -> dict[str, Tensor]:
         """Binary cross-entropy of every answer."""

@@ -48,6 +48,19 @@ def topk_accuracy(ranks: Tensor, ks: Sequence[int] = (1, 5)) -> dict[str, float]
     return {f"acc{k}": int((ranks < k).sum()) / len(ranks) for k in ks}
 
 
+def nlvr2_parts(identifier: str) -> tuple[str, str, str, str]:
+    """Split, set of pictures, pair and sentence of an identifier as published ("test1-0-1-0").
+
+    Raises:
+        ConfigError: it has another form.
+    """
+    parts = identifier.rsplit("-", 3)
+    if len(parts) != 4 or not all(parts):
+        raise ConfigError(f'NLVR2 identifier "{identifier}": write split-set-pair-sentence (test1-0-1-0)')
+    split, pictures, pair, sentence = parts
+    return split, pictures, pair, sentence
+
+
 def nlvr2_accuracy(correct: Sequence[bool], identifiers: Sequence[str]) -> dict[str, float]:
     """Accuracy and consistency of NLVR2: sentences for which every pair of images is judged right.
 
@@ -71,10 +84,7 @@ def nlvr2_accuracy(correct: Sequence[bool], identifiers: Sequence[str]) -> dict[
         raise ConfigError(f'NLVR2 accuracy: identifier "{name}" comes {times} times; count each example once')
     consistent: dict[tuple[str, str, str], bool] = {}
     for right, identifier in zip(correct, identifiers, strict=True):
-        parts = identifier.rsplit("-", 3)
-        if len(parts) != 4:
-            raise ConfigError(f'NLVR2 accuracy: identifier "{identifier}"; write split-set-pair-sentence (test1-0-1-0)')
-        split, pictures, _, sentence = parts
+        split, pictures, _, sentence = nlvr2_parts(identifier)
         consistent[split, pictures, sentence] = consistent.get((split, pictures, sentence), True) and bool(right)
     return {
         "accuracy": sum(map(bool, correct)) / len(identifiers),

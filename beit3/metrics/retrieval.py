@@ -86,3 +86,24 @@ def recall_of_ranks(ranks: Tensor, ks: Sequence[int] = (1, 5, 10)) -> dict[str, 
     if not len(ranks):
         raise ConfigError("recall: no queries; give at least one")
     return {f"r{k}": int((ranks < k).sum()) / len(ranks) for k in ks}
+
+
+def dual_recall(images: Tensor, texts: Tensor, labels: Tensor) -> dict[str, float]:
+    """Recall both ways among pairs; equal captions are one candidate, and any of their pictures is right.
+
+    Args:
+        images: (n, D) unit vectors.
+        texts: (n, D) unit vectors, row i belongs to image i.
+        labels: (n,) int64, equal for equal captions.
+
+    Returns:
+        `image_to_text_r1`, `_r5`, `_r10`, and the same of `text_to_image`.
+    """
+    unique, inverse = labels.unique(return_inverse=True)
+    places = torch.arange(len(labels), device=labels.device)
+    first = torch.full_like(unique, len(labels)).scatter_reduce(0, inverse, places, "amin")
+    to_text = recall_at_k(images @ texts[first].T, labels, unique)
+    to_image = recall_at_k(texts[first] @ images.T, unique, labels)
+    return {f"image_to_text_{name}": value for name, value in to_text.items()} | {
+        f"text_to_image_{name}": value for name, value in to_image.items()
+    }

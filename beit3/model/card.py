@@ -11,9 +11,11 @@ _VERBS = {
     None: ("image-feature-extraction", 'predictor.embed_images(["picture.png"])'),
     "pretraining": ("fill-mask", 'predictor.fill_mask("a photo of a <mask>", image="picture.png")'),
     "retrieval": ("zero-shot-image-classification", 'predictor.embed_images(["picture.png"])'),
+    "clip": ("zero-shot-image-classification", 'predictor.embed_images(["picture.png"])'),
     "classification": ("image-classification", 'predictor.classify(["picture.png"])'),
     "vqa": ("visual-question-answering", 'predictor.answer("picture.png", "what is in it?")'),
     "nlvr2": ("visual-question-answering", 'predictor.reason("left.png", "right.png", "both show a cat")'),
+    "superclass": ("image-classification", 'predictor.predict_words(["picture.png"])'),
     "captioning": ("image-to-text", 'predictor.caption(["picture.png"])'),
 }
 _LIMITS = """\
@@ -55,8 +57,7 @@ def model_card(
         f"# {source.rpartition('/')[2]}",
         "",
         f"A BEiT-3 model ({task or 'backbone'}{part}): {num_parameters / 1e6:,.1f}M parameters, "
-        f"{shape['num_layers']} layers of {shape['width']}, patches of {shape['patch_size']}, "
-        f"{shape['attention']} attention.",
+        f"{_towers(settings)}, {shape['attention']} attention.",
         "",
         "```python",
         "import beit3",
@@ -79,3 +80,13 @@ def model_card(
         "",
     ]
     return "\n".join(lines)
+
+
+def _towers(settings: Mapping[str, Any]) -> str:
+    """Sizes of the transformer, or of both."""
+    shape, heads, part = settings["model"], settings["heads"], settings.get("part")
+    images = f"{shape['num_layers']} layers of {shape['width']}, patches of {shape['patch_size']}"
+    if settings["task"] != "clip":
+        return images
+    texts = f"{heads['text_layers']} layers of {heads['text_width']} for texts"
+    return {"vision": images, "text": texts}.get(part or "", f"{images}, {texts}")

@@ -1,28 +1,32 @@
 """Task models: a backbone with its heads, by name.
 
-Shapes: B sequences, N patches, T text length, D width, V vocabulary, K codebook size.
+Shapes: B sequences, Bi images, Bt texts, N patches, T text length, D width, E width of the space that images and texts
+share, V vocabulary, K codebook size.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from beit3.config import nearest, require
+from beit3.config import nearest, replace, require
 from beit3.errors import ConfigError
 from beit3.model.beam_search import Captions, beam_search
 from beit3.model.packing import PackedBatch
+from beit3.model.parts import keep_modality
 from beit3.model.presets import BOS, EOS, OFFICIAL_MASK, PAD, UNK, ModelConfig, model_config
 from beit3.model.pretrained import PretrainedModel
 from beit3.model.transformer import MultiwayTransformer, Output, PackedOutput
 
 CODEBOOK_SIZE = 8192
 """Visual tokens of the official release."""
+ContrastiveLoss = Literal["clip", "siglip"]
+Pooling = Literal["class", "mean"]
 _SMALL_START = 1e-3
 
 
@@ -88,18 +92,35 @@ class PretrainingModel(TaskModel):
 
 
 class RetrievalModel(TaskModel):
-    """Dual encoder: the first state of each modality's own pass, a linear map, unit length, one learned scale."""
+    """Dual encoder: the first state of each modality's own pass, a linear map, unit length, one learned scale.
+
+    Args:
+        config: of the one transformer that reads images and texts.
+        loss: "siglip" starts the scale as that loss wants it, and adds a learned bias of the logits.
+    """
 
     task = "retrieval"
+    logit_bias: nn.Parameter | None
+    """None without SigLIP's loss, so that folders hold what they did before there was one."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, loss: ContrastiveLoss = "clip") -> None:
         super().__init__()
         self.backbone = MultiwayTransformer(config)
         self.vision_head = nn.Linear(config.width, config.width, bias=False)
         self.language_head = nn.Linear(config.width, config.width, bias=False)
         for head in (self.vision_head, self.language_head):
             nn.init.trunc_normal_(head.weight, std=0.02)
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self._start_logits(loss)
+
+    @property
+    def head_options(self) -> dict[str, Any]:
+        """What rebuilding this model needs besides the transformer's configuration."""
+        return {} if self.logit_bias is None else {"loss": "siglip"}
+
+    @property
+    def text_tower(self) -> MultiwayTransformer:
+        """The transformer that reads texts."""
+        return self.backbone
 
     def forward(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         """Embed unpaired images and texts of one packed batch: (Bi, D) and (Bt, D), unit length."""
@@ -111,13 +132,104 @@ class RetrievalModel(TaskModel):
         """Embed images (B, 3, H, W) as (B, D) of unit length."""
         out: Output = self.backbone(images)
         assert out.vision is not None
-        return F.normalize(self.vision_head(out.vision[:, 0]), dim=-1)
+        return F.normalize(self.vision_head(self._pool(out.vision)), dim=-1)
 
     def encode_text(self, text_ids: Tensor, text_mask: Tensor | None = None) -> Tensor:
         """Embed texts (B, T) as (B, D) of unit length; a ValueError if one begins with padding."""
-        out: Output = self.backbone(text_ids=text_ids, text_mask=text_mask)
+        out: Output = self.text_tower(text_ids=text_ids, text_mask=text_mask)
         assert out.text is not None
         return F.normalize(self.language_head(first_text_states(out.text, text_mask)), dim=-1)
+
+    def _pool(self, states: Tensor) -> Tensor:
+        """What stands for an image, (B, D), of its states (B, 1 + N, D)."""
+        return states[:, 0]
+
+    def _start_logits(self, loss: ContrastiveLoss) -> None:
+        """Scale and bias of the logits as CLIP and SigLIP start them."""
+        scale = math.log(1 / 0.07) if loss == "clip" else math.log(10)
+        self.logit_scale = nn.Parameter(torch.tensor(scale))
+        self.register_parameter("logit_bias", None if loss == "clip" else nn.Parameter(torch.tensor(-10.0)))
+
+
+class ClipModel(RetrievalModel):
+    """Dual encoder whose texts have a transformer of their own (CLIP, arXiv 2103.00020; SigLIP, arXiv 2303.15343).
+
+    Both towers are transformers of this package, each kept to its modality. Unlike CLIP's text tower ours has no causal
+    mask, and a text's vector is the state of its first token, `<s>`, not of its last.
+
+    Args:
+        config: of the image tower; its vocabulary, text positions and further settings are the text tower's as well.
+        text_width: features of a text token; the feed-forward width is four times that.
+        text_layers: blocks of the text tower.
+        text_heads: attention heads of the text tower.
+        embed_width: features of the shared space.
+        pooling: what stands for an image: its "class" token, or the "mean" of its patches.
+        loss: as for `RetrievalModel`.
+    """
+
+    task = "clip"
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        text_width: int = 512,
+        text_layers: int = 12,
+        text_heads: int = 8,
+        embed_width: int = 512,
+        pooling: Pooling = "class",
+        loss: ContrastiveLoss = "clip",
+    ) -> None:
+        TaskModel.__init__(self)  # towers and heads are others than those of the shared form
+        text = {"width": text_width, "num_layers": text_layers, "num_heads": text_heads, "ffn_width": 4 * text_width}
+        self.backbone = MultiwayTransformer(config)
+        self.text_backbone = MultiwayTransformer(replace(config, **text, fusion_layers=0, final_norm=True))
+        keep_modality(self.backbone, "vision")
+        keep_modality(self.text_backbone, "text")
+        self.vision_head = nn.Linear(config.width, embed_width, bias=False)
+        self.language_head = nn.Linear(text_width, embed_width, bias=False)
+        for head in (self.vision_head, self.language_head):
+            nn.init.normal_(head.weight, std=head.in_features**-0.5)
+        self.pooling = pooling
+        self._embed_width = embed_width
+        self._start_logits(loss)
+
+    @property
+    def head_options(self) -> dict[str, Any]:
+        """What rebuilding this model needs besides the image tower's configuration."""
+        text = self.text_backbone.config
+        sizes = {"text_width": text.width, "text_layers": text.num_layers, "text_heads": text.num_heads}
+        return {**sizes, "embed_width": self._embed_width, "pooling": self.pooling, **super().head_options}
+
+    @property
+    def vector_width(self) -> int:
+        """E."""
+        return self._embed_width
+
+    @property
+    def text_tower(self) -> MultiwayTransformer:
+        """The transformer that reads texts."""
+        return self.text_backbone
+
+    def forward(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        """Embed unpaired images and texts of one packed batch: (Bi, E) and (Bt, E), unit length."""
+        images = PackedBatch(images=batch.images, image_mask=batch.image_mask, kept_patches=batch.kept_patches)
+        out: PackedOutput = self.backbone.forward_packed(images)
+        return self.project_images(self._pool(out.image_rows())), self.embed_packed_texts(batch)
+
+    def embed_packed_texts(self, batch: PackedBatch) -> Tensor:
+        """Embed the texts of a packed batch: (Bt, E), unit length."""
+        texts = PackedBatch(
+            text_ids=batch.text_ids, text_positions=batch.text_positions, text_lengths=batch.text_lengths
+        )
+        out: PackedOutput = self.text_backbone.forward_packed(texts)
+        return F.normalize(self.language_head(out.first_text_rows()), dim=-1)
+
+    def project_images(self, features: Tensor) -> Tensor:
+        """Bring pooled features of images (B, D) into the shared space: (B, E), unit length."""
+        return F.normalize(self.vision_head(features), dim=-1)
+
+    def _pool(self, states: Tensor) -> Tensor:
+        return states[:, 0] if self.pooling == "class" else states[:, 1:].mean(1)
 
 
 class ClassificationModel(TaskModel):
@@ -145,6 +257,22 @@ class ClassificationModel(TaskModel):
         return logits
 
 
+class WordHead(nn.Module):
+    """The mean of an image's patches, a LayerNorm, a linear map to the vocabulary (SuperClass)."""
+
+    def __init__(self, width: int, num_words: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.linear = nn.Linear(width, num_words)
+        nn.init.normal_(self.linear.weight, std=width**-0.5)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Logits (B, words) of final states (B, 1 + N, D)."""
+        logits: Tensor = self.linear(self.norm(states[:, 1:].mean(dim=1)))
+        return logits
+
+
 class SuperClassModel(TaskModel):
     """Images to the subwords of their captions: the mean of the patches, a LayerNorm, a linear map to the vocabulary.
 
@@ -156,25 +284,18 @@ class SuperClassModel(TaskModel):
     def __init__(self, config: ModelConfig, num_words: int | None = None) -> None:
         super().__init__()
         self.backbone = MultiwayTransformer(config)
-        self.word_norm = nn.LayerNorm(config.width)
-        self.word_head = nn.Linear(config.width, num_words or config.vocab_size)
-        nn.init.normal_(self.word_head.weight, std=config.width**-0.5)
-        nn.init.zeros_(self.word_head.bias)
+        self.word_head = WordHead(config.width, num_words or config.vocab_size)
 
     @property
     def head_options(self) -> dict[str, Any]:
         """What rebuilding this model needs besides the transformer's configuration."""
-        return {"num_words": self.word_head.out_features}
+        return {"num_words": self.word_head.linear.out_features}
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, words) of images (B, 3, H, W)."""
         out: Output = self.backbone(images)
         assert out.vision is not None
-        return self.name_words(out.vision)
-
-    def name_words(self, states: Tensor) -> Tensor:
-        """Logits (B, words) of final states (B, 1 + N, D)."""
-        logits: Tensor = self.word_head(self.word_norm(states[:, 1:].mean(dim=1)))
+        logits: Tensor = self.word_head(out.vision)
         return logits
 
 
@@ -366,6 +487,7 @@ AnyModel = (
     | NLVR2Model
     | CaptioningModel
     | SuperClassModel
+    | ClipModel
 )
 _TASKS: dict[str, type[TaskModel]] = {
     "pretraining": PretrainingModel,
@@ -375,8 +497,11 @@ _TASKS: dict[str, type[TaskModel]] = {
     "vqa": VQAModel,
     "nlvr2": NLVR2Model,
     "superclass": SuperClassModel,
+    "clip": ClipModel,
 }
-_HEAD_OPTIONS = ("codebook_size", "num_classes", "num_answers", "num_words")
+_TEXT_TOWER = ("text_width", "text_layers", "text_heads", "embed_width")
+_CHOICES: dict[str, tuple[str, ...]] = {"pooling": get_args(Pooling), "loss": get_args(ContrastiveLoss)}
+_HEAD_OPTIONS = ("codebook_size", "num_classes", "num_answers", "num_words", *_TEXT_TOWER, *_CHOICES)
 
 
 def build_model(config: ModelConfig, task: str | None = None, /, **head_options: Any) -> AnyModel:
@@ -389,6 +514,10 @@ def build_model(config: ModelConfig, task: str | None = None, /, **head_options:
     if unknown := head_options.keys() - known:
         raise ConfigError(f"a {task} model has no option {', '.join(sorted(unknown))}")
     for name, value in head_options.items():
+        if name in _CHOICES:
+            fits = isinstance(value, str) and value in _CHOICES[name]
+            require(fits, f"{name} must be {' or '.join(_CHOICES[name])}, not {value!r:.60}")
+            continue
         fits = isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**31
         require(fits, f"{name} must be a whole number of at least 1, not {value!r:.60}")
     model: Any = _TASKS[task](config, **head_options)
@@ -405,10 +534,10 @@ def create_model(name: str, task: str | None = None, attention: str = "shared", 
     Args:
         name: such as `beit3_base_patch16_224`; see `list_models`.
         task: None for the backbone alone, or "pretraining", "retrieval", "classification", "vqa", "nlvr2",
-            "captioning", "superclass".
+            "captioning", "superclass", "clip".
         attention: "shared" or "decoupled".
         **config: further fields of `ModelConfig`; `codebook_size` for pretraining, `num_classes` for classification,
-            `num_answers` for vqa, `num_words` for superclass.
+            `num_answers` for vqa, `num_words` for superclass; those of `ClipModel` for clip, `loss` for retrieval.
 
     Raises:
         ConfigError: unknown name, task or field; the message holds the nearest valid one.

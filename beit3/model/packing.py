@@ -152,12 +152,13 @@ def pack_texts(text_ids: Tensor, text_mask: Tensor | None) -> tuple[Tensor, Tens
 def concat(batches: Sequence[PackedBatch]) -> PackedBatch:
     """Join packed batches into one: pairs of all lead, then lone images, then lone texts, in order.
 
-    Images must have one size; a batch with pairs must come before those without.
+    Images must have one size; no lone image or text may come before a pair.
     """
     paired = [bool(batch.num_pairs) for batch in batches]
-    alone = any(len(b.text_lengths) != b.num_pairs or len(_images(b)) != b.num_pairs for b in batches if b.num_pairs)
+    before = batches[: max(0, sum(paired) - 1)]  # all but the last batch with pairs must hold nothing else
+    alone = any(len(b.text_lengths) != b.num_pairs or len(_images(b)) != b.num_pairs for b in before)
     if alone or paired != sorted(paired, reverse=True):
-        raise ValueError("concat takes batches that hold pairs alone first, then batches without pairs")
+        raise ValueError("concat takes batches with pairs first, and lone images and texts behind all pairs")
 
     def join(name: str) -> Tensor | None:
         tensors = [value for batch in batches if (value := getattr(batch, name)) is not None]

@@ -101,6 +101,39 @@ class ModelConfig:
         return self.max_text_positions - POSITION_OFFSET
 
 
+@config
+class TextTowerConfig:
+    """Shape of a text transformer of its own beside an image tower; vocabulary and positions are the `ModelConfig`'s.
+
+    CLIP's beside small, base and large image towers: 384 x 12 x 6 heads, 512 x 12 x 8, 768 x 12 x 12, each with an
+    embedding of its own width (the default is that of base).
+    """
+
+    width: int = 512
+    num_layers: int = 12
+    num_heads: int = 8
+    embed_width: int = 512
+    """Features of the space that images and texts share."""
+
+    def __post_init__(self) -> None:
+        for name in ("width", "num_layers", "num_heads", "embed_width"):
+            require(getattr(self, name) >= 1, f"text_tower.{name} must be at least 1, not {getattr(self, name)}")
+        require(
+            self.width % self.num_heads == 0,
+            f"text_tower.width ({self.width}) must divide by text_tower.num_heads ({self.num_heads})",
+        )
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The same as options of a `clip` model."""
+        return {
+            "text_width": self.width,
+            "text_layers": self.num_layers,
+            "text_heads": self.num_heads,
+            "embed_width": self.embed_width,
+        }
+
+
 _SIZES: dict[str, dict[str, Any]] = {
     "tiny": {"width": 192, "num_layers": 12, "num_heads": 3, "ffn_width": 768},
     "small": {"width": 384, "num_layers": 12, "num_heads": 6, "ffn_width": 1536},

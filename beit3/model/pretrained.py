@@ -89,6 +89,11 @@ class PretrainedModel(nn.Module, ABC):
         """What rebuilding this model needs besides the transformer's configuration."""
         return {}
 
+    @property
+    def vector_width(self) -> int:
+        """Features of the vector that stands for an image or a text."""
+        return self.model_config.width
+
     def save_pretrained(
         self,
         folder: Path | str,

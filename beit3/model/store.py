@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from beit3.model.exchange import CONFIG_FILE, is_exchange, is_weights, read_sett
 from beit3.model.heads import AnyModel, build_model
 from beit3.model.hub import local_path
 from beit3.model.official import check_tensors
-from beit3.model.parts import keep_part
+from beit3.model.parts import keep_modality, keep_part
 from beit3.model.presets import POSITION_OFFSET, ModelConfig
 from beit3.model.pretrained import Part, parse_model_settings
 from beit3.model.released_files import listed, read_official, shown
@@ -35,7 +34,11 @@ _POSITIONS = "vision_embedding.positions"
 _LARGEST_SIDE = 8192
 """Pixels; a position table for more would not fit into memory."""
 _FINAL_NORM = re.compile(r"(backbone\.)?norm\.")
-_BLOCK = re.compile(r"(?:backbone\.)?blocks\.(\d+)\.")
+_BLOCK = re.compile(r"((?:text_)?backbone\.)?blocks\.(\d+)\.")
+_FREE = ("drop_path", "activation_checkpointing", "final_norm")
+"""Settings of a backbone that its weights may be taken to others of."""
+_OF_TEXTS = ("vocab_size", "max_text_positions", "fusion_layers")
+"""Settings that images alone do not meet."""
 _WITHOUT_FINAL_NORM = ("classification", "vqa")
 """Released task models that have no norm after the last block."""
 logger = logging.getLogger(__name__)
@@ -97,6 +100,8 @@ def fill_model(model: AnyModel, source: str | Path) -> None:
 
     Positions are interpolated to the model's image size; drop path and the like may differ. Final norms that the model
     does not have are left out, and those that the source does not have stay as they are (as the released code does).
+    Where the model or the source reads images alone, as the image tower of a clip model does, only what images run
+    through is taken, and the rest stays as it is.
 
     Args:
         model: of the same backbone shape; changed in place.
@@ -110,20 +115,40 @@ def fill_model(model: AnyModel, source: str | Path) -> None:
     stored = _read(local_path(source), image_size=own.image_size)
     if stored.config.image_size != own.image_size and stored.config.patch_size == own.patch_size:
         stored = _resize(stored, own.image_size, str(source))
-    free = ("drop_path", "activation_checkpointing", "final_norm")
-    same = replace(stored.config, **{name: getattr(own, name) for name in free})
-    if same != own:
-        names = differences(to_plain(same), to_plain(own))
-        raise ConfigError(f"{source} has another shape than the model of this run: {', '.join(names)} differ")
+    with_heads = (stored.task, stored.options, stored.part) == (model.task, model.head_options, model.part)
+    backbone = model if isinstance(model, MultiwayTransformer) else model.backbone
+    part = None if with_heads else _common_part(_backbone_part(stored), backbone.part)
+    free = _FREE if part != "vision" else _FREE + _OF_TEXTS
+    theirs, ours = ({k: v for k, v in to_plain(shape).items() if k not in free} for shape in (stored.config, own))
+    if changed := differences(theirs, ours):
+        raise ConfigError(f"{source} has another shape than the model of this run: {', '.join(changed)} differ")
     _check_finite(stored.state, str(source))
-    with_heads = (stored.task, stored.options) == (model.task, model.head_options)
-    target = model if with_heads or isinstance(model, MultiwayTransformer) else model.backbone
-    state = stored.state if with_heads else _backbone_state(stored)
-    if stored.config.final_norm != own.final_norm:
-        state = {name: value for name, value in state.items() if not _FINAL_NORM.match(name)}
-        state |= {name: value for name, value in target.state_dict().items() if _FINAL_NORM.match(name)}
+    target, given = (model, stored.state) if with_heads else (backbone, _backbone_state(stored))
+    of_part = None if part is None else _names_of_part(own, part)
+    norms_differ = stored.config.final_norm != own.final_norm
+
+    def is_taken(name: str) -> bool:
+        return (of_part is None or name in of_part) and not (norms_differ and _FINAL_NORM.match(name))
+
+    state = {name: value for name, value in given.items() if is_taken(name)}
+    state |= {name: value for name, value in target.state_dict().items() if not is_taken(name)}
     check_tensors(state, _shapes(target), f"{source}: its weights")
     target.load_state_dict(state)
+
+
+def _common_part(stored: Part | None, own: Part | None) -> Part | None:
+    """The one modality that both backbones read; None: both."""
+    if stored != own and None not in (stored, own):
+        raise ConfigError(f"a {stored} tower alone is no start for a {own} tower")
+    return stored or own
+
+
+def _names_of_part(config: ModelConfig, part: Part) -> set[str]:
+    """Tensors of a backbone that reads one modality."""
+    with torch.device("meta"):
+        backbone = MultiwayTransformer(config)
+    keep_modality(backbone, part)
+    return set(backbone.state_dict())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,9 +170,9 @@ def _read(
         raise DataMissingError(f"{shown(source)} does not exist: give an exchange folder, a .pth file or hf-hub:...")
     if (source / CONFIG_FILE).is_file():
         config, task, options, part = parse_model_settings(read_settings(source), source)
-        state = read_tensors(source)
-        _check_layers(config, state, source)
-        return _Stored(config=config, state=state, task=task, options=options, part=part)
+        stored = _Stored(config=config, state=read_tensors(source), task=task, options=options, part=part)
+        _check_layers(stored, source)
+        return stored
     if source.is_file() and is_weights(source.name) and is_exchange(source.parent):
         raise ConfigError(f"{source} is one file of an exchange folder: give the folder {source.parent}")
     tensors = read_official(source)
@@ -160,13 +185,22 @@ def _read(
     )
 
 
-def _check_layers(config: ModelConfig, state: Mapping[str, Tensor], source: Path) -> None:
+def _check_layers(stored: _Stored, source: Path) -> None:
     """Refuse a number of layers that the weights do not have, before as many are built."""
-    held = len({match[1] for name in state if (match := _BLOCK.match(name))})
-    require(
-        held == config.num_layers,
-        f"{source}: config.json describes {config.num_layers} layers, the weights hold {held}: copy the folder again",
-    )
+    tower = "" if stored.task is None else "backbone."
+    described: dict[str, Any] = {tower: stored.config.num_layers}
+    if stored.task == "clip":
+        described |= {"text_backbone.": stored.options.get("text_layers")}
+        for part, absent in (("text", tower), ("vision", "text_backbone.")):
+            if stored.part == part:
+                del described[absent]
+    found = {match.groups() for name in stored.state if (match := _BLOCK.match(name))}
+    for prefix, wanted in described.items():
+        held = len({number for given, number in found if (given or "") == prefix})
+        require(
+            held == wanted,
+            f"{source}: config.json describes {wanted} layers, the weights hold {held}: copy the folder again",
+        )
 
 
 def _without_heads(stored: _Stored, task: str | None) -> _Stored:
@@ -175,7 +209,16 @@ def _without_heads(stored: _Stored, task: str | None) -> _Stored:
     if task in _WITHOUT_FINAL_NORM and config.attention == "decoupled":
         config = replace(config, final_norm=False)
         state = {name: value for name, value in state.items() if not _FINAL_NORM.match(name)}
-    return replace(stored, config=config, task=task, state=_with_prefix(state, task), options={})
+    return replace(
+        stored, config=config, task=task, state=_with_prefix(state, task), options={}, part=_backbone_part(stored)
+    )
+
+
+def _backbone_part(stored: _Stored) -> Part | None:
+    """The one modality that the backbone of a source reads; None: both."""
+    if stored.task == "clip" and stored.part == "text":
+        raise ConfigError("it holds the text tower of a clip model alone: there is no backbone in it")
+    return "vision" if stored.task == "clip" else stored.part
 
 
 def _fill(stored: _Stored, part: Part | None, strict: bool, source: str) -> AnyModel:

@@ -26,8 +26,10 @@ from beit3.data.transforms import CropConfig, EvalResize, Views, normalize
 from beit3.data.visual_codes import CodeTable, open_codes
 from beit3.model.flops import forward_flops
 from beit3.model.heads import PretrainingModel
+from beit3.model.packing import PackedBatch
 from beit3.model.presets import ModelConfig
 from beit3.model.store import fill_model
+from beit3.model.transformer import PackedOutput
 from beit3.pretrain.export import export_model
 from beit3.pretrain.masked_batches import (
     IGNORE,
@@ -41,6 +43,7 @@ from beit3.pretrain.masked_batches import (
     training_crop,
 )
 from beit3.pretrain.masking import MaskConfig
+from beit3.pretrain.probe import ProbeConfig, Probes
 from beit3.tokenizer.official import load_visual_tokenizer
 from beit3.tokenizer.text import TextTokenizer
 from beit3.tokenizer.vqkd import VQKD
@@ -74,6 +77,8 @@ class MaskedDataModelingConfig(TaskConfig):
     eval_pairs: str | None = None
     """Prepared folder of pairs to evaluate on, relative to the run's data folder."""
     eval_batch_size: int = 128
+    probes: tuple[ProbeConfig, ...] = ()
+    """Few-shot and nearest-neighbour accuracy of the frozen features at every evaluation."""
 
     def __post_init__(self) -> None:
         require(
@@ -91,6 +96,11 @@ class MaskedDataModelingConfig(TaskConfig):
             2 < self.max_text_length <= self.model.max_text_length,
             f"max_text_length must lie in 3..{self.model.max_text_length}, not {self.max_text_length}",
         )
+
+    @property
+    def reached(self) -> dict[str, bool]:
+        """Kinds of sequences that pass through the model; `MultiwayTransformer.freeze_unreached` asks."""
+        return {kind: getattr(self, kind) is not None for kind in ("images", "texts", "pairs")}
 
     def build(self) -> MaskedDataModeling:
         """Build the Task with random weights."""
@@ -114,10 +124,11 @@ class MaskedDataModeling(Task[MaskedBatch]):
         if config.init_from is not None:
             fill_model(self.model, config.init_from)
         images, texts, pairs = (stream is not None for stream in (config.images, config.texts, config.pairs))
-        self.model.backbone.freeze_unreached(images=images, texts=texts, pairs=pairs)
+        self.model.backbone.freeze_unreached(**config.reached)
         self.model.mim_head.requires_grad_(images or pairs)
         self.model.mlm_head.requires_grad_(texts or pairs)
         self.keep_frozen(visual_tokenizer)
+        self._probes = Probes(config.probes, config.model.image_size)
 
     @property
     def visual_tokenizer(self) -> VQKD:
@@ -164,10 +175,18 @@ class MaskedDataModeling(Task[MaskedBatch]):
 
     def forward(self, batch: MaskedBatch) -> dict[str, Tensor]:
         """Losses and accuracies of all parts of the batch."""
+        values = self.masked_losses(self.encode(batch.packed), batch)
+        return {"loss": values.pop("masked_loss"), **values}
+
+    def encode(self, packed: PackedBatch) -> PackedOutput:
+        """States of sequences whose images are uint8."""
+        if packed.images is not None:
+            packed = dataclasses.replace(packed, images=normalize(packed.images))
+        return self.model.backbone.forward_packed(packed)
+
+    def masked_losses(self, states: PackedOutput, batch: MaskedBatch) -> dict[str, Tensor]:
+        """`masked_loss`, the weighted sum, and its parts; `states` may hold more sequences behind the batch's own."""
         packed = batch.packed
-        states = self.model.backbone.forward_packed(
-            packed if packed.images is None else dataclasses.replace(packed, images=normalize(packed.images))
-        )
         values: dict[str, Tensor] = {}
         if packed.images is not None:
             codes = self.hidden_codes(batch)
@@ -186,7 +205,7 @@ class MaskedDataModeling(Task[MaskedBatch]):
             "pair_mlm_loss": self.config.pair_text_weight,
         }
         parts = [weight * values[name] for name, weight in weights.items() if name in values]
-        return {"loss": torch.stack(parts).sum(), **values}
+        return {"masked_loss": torch.stack(parts).sum(), **values}
 
     def hidden_codes(self, batch: MaskedBatch) -> Tensor:
         """Visual tokens (M,) of the hidden patches."""
@@ -216,8 +235,9 @@ class MaskedDataModeling(Task[MaskedBatch]):
 
     def eval_loader(self, run: Run) -> Iterable[MaskedBatch] | None:
         """Held-out pairs under fixed masks."""
+        self._probes.read(run.data)
         if self.config.eval_pairs is None:
-            return None
+            return [] if self._probes else None
         size = self.config.crop.tokenizer_size
         first, second = EvalResize(self.config.model.image_size), EvalResize(size or 1)
         encoder = self.encoder("pairs", lambda image: Views(first(image), second(image) if size else None))
@@ -229,7 +249,8 @@ class MaskedDataModeling(Task[MaskedBatch]):
 
         Returns:
             `mim_accuracy` and `mim_loss` beside `commonest_code` (what always naming the commonest hidden code
-            scores); `mlm_loss_right_picture`, `_wrong_picture`, `_no_picture` and the accuracies of the same names.
+            scores); `mlm_loss_right_picture`, `_wrong_picture`, `_no_picture` and the accuracies of the same names;
+            what the probes find.
         """
         sums: dict[str, float] = {}
         hidden_codes: list[Tensor] = []
@@ -251,9 +272,7 @@ class MaskedDataModeling(Task[MaskedBatch]):
             real = batch.words != IGNORE
             words += int(real.sum())
             for name, view in kinds.items():
-                if view.images is not None:
-                    view = dataclasses.replace(view, images=normalize(view.images))
-                states = self.model.backbone.forward_packed(view)
+                states = self.encode(view)
                 logits = self.model.mlm_head(states.text[batch.word_rows[real]]).float()
                 add(f"mlm_loss_{name}", F.cross_entropy(logits, batch.words[real], reduction="sum"))
                 add(f"mlm_accuracy_{name}", (logits.argmax(-1) == batch.words[real]).sum())
@@ -261,9 +280,12 @@ class MaskedDataModeling(Task[MaskedBatch]):
                     logits = self.model.mim_head(states.vision[batch.patch_rows]).float()
                     add("mim_loss", F.cross_entropy(logits, hidden_codes[-1], reduction="sum"))
                     add("mim_accuracy", (logits.argmax(-1) == hidden_codes[-1]).sum())
+        probed = self._probes.measure(self.model.backbone)
+        if not hidden_codes:
+            return probed
         codes = torch.cat(hidden_codes)
         means = {name: value / (words if name.startswith("mlm") else len(codes)) for name, value in sums.items()}
-        return {**means, "commonest_code": float(codes.bincount().max()) / len(codes)}
+        return {**means, "commonest_code": float(codes.bincount().max()) / len(codes), **probed}
 
 
 def _loss_and_accuracy(name: str, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:

@@ -203,7 +203,7 @@ def embed_queries(predictor: Predictor, queries: Sequence[str]) -> Tensor:
         ConfigError: a query is empty, a picture cannot be read, or the model reads no text.
     """
     require(all(query.strip() for query in queries), "a query is empty: give a sentence or the path of a picture")
-    rows = torch.empty(len(queries), predictor.model.model_config.width)
+    rows = torch.empty(len(queries), predictor.model.vector_width)
     pictures = torch.tensor([names_picture(query) for query in queries], dtype=torch.bool)
     for chosen, embed in ((pictures, predictor.embed_images), (~pictures, predictor.embed_texts)):
         if chosen.any():

@@ -14,7 +14,9 @@ import torch.distributed as dist
 from beit3.errors import ConfigError
 
 _TIMEOUT = timedelta(minutes=10)
-"""Longest wait for another rank; evaluations on rank 0 must end within it."""
+"""Longest wait for another rank while training."""
+_PATIENCE = timedelta(days=1)
+"""Longest wait for a rank that evaluates or writes a model while the others have nothing to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +26,8 @@ class Ranks:
     rank: int
     world_size: int
     device: torch.device
+    patient: dist.ProcessGroup | None = None
+    """All ranks, for waiting long."""
 
     @property
     def is_main(self) -> bool:
@@ -39,9 +43,9 @@ class Ranks:
         return list(tensor.tolist())
 
     def barrier(self) -> None:
-        """Wait for all ranks."""
+        """Wait for all ranks, also for one that evaluates for hours."""
         if self.world_size > 1:
-            dist.barrier()
+            dist.barrier(self.patient)
 
 
 def choose_device(name: str) -> torch.device:
@@ -74,6 +78,8 @@ def join_ranks(device_name: str) -> Iterator[Ranks]:
         return
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
     try:
-        yield Ranks(dist.get_rank(), world_size, device)
+        patient = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        assert isinstance(patient, dist.ProcessGroup)  # every rank is a member
+        yield Ranks(dist.get_rank(), world_size, device, patient)
     finally:
         dist.destroy_process_group()

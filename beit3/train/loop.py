@@ -151,7 +151,7 @@ def _build(run: Run, ranks: Ranks) -> Trainer:
     (narrow,) = ranks.agree(float(dtype == torch.bfloat16))
     dtype = torch.bfloat16 if narrow else torch.float32
     _seed(run.seed)
-    task = run.task.build().to(ranks.device)
+    task = run.task.in_folder(run.data).build().to(ranks.device)
     ema = ModelEmaV3(task, decay=run.optim.ema_decay, use_warmup=True) if run.optim.ema_decay else None
     loader = task.train_loader(run, ranks.rank, ranks.world_size)
     if run.loop.compile:
@@ -212,8 +212,10 @@ def _step(trainer: Trainer, batches: Iterator[Any], meters: Meters) -> float:
     """One optimizer step over `accumulate` batches; a step that is not finite changes nothing."""
     run, ranks, progress = trainer.run, trainer.ranks, trainer.progress
     finite = True
-    for index in range(run.loop.accumulate):
-        batch = trainer.task.move(next(batches), ranks.device)
+    window = [next(batches) for _ in range(run.loop.accumulate)]
+    trainer.task.prepare_step(window)
+    for index, drawn in enumerate(window):
+        batch = trainer.task.move(drawn, ranks.device)
         last = index == run.loop.accumulate - 1
         with _no_sync(trainer.model, last), _autocast(trainer):
             values = trainer.model(batch)

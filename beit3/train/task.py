@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -98,6 +98,13 @@ class Task(nn.Module, ABC, Generic[B]):
     @abstractmethod
     def train_loader(self, run: Run, rank: int, world_size: int) -> Loader[B]:
         """The endless batches of this rank; everything it needs (caches, tokenizers) is prepared here."""
+
+    def prepare_step(self, batches: Sequence[B]) -> None:
+        """Look at all batches of an optimizer step of this rank, on the CPU, before the first of them is computed.
+
+        For what must be known of the whole step, such as document counts; every rank comes here once a step.
+        """
+        return
 
     @abstractmethod
     def forward(self, batch: B) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,14 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from beit3.cli import run_command
+from beit3.config import replace
 from beit3.data.shards import Sample, load_prepared
 from beit3.data.streams import Source, Stream
 from beit3.data.transforms import CropConfig, EvalResize
-from beit3.model.presets import ModelConfig
-from beit3.pretrain.contrastive import Contrastive, ContrastiveConfig, PairBatch, PairEncoder
+from beit3.model.presets import ModelConfig, TextTowerConfig
+from beit3.pretrain import contrastive_loss
+from beit3.pretrain.contrastive import Contrastive, ContrastiveConfig
+from beit3.pretrain.pairs import PairBatch, PairEncoder
 from beit3.tokenizer.quantizer import VectorQuantizer
 from beit3.train import loop
 
@@ -36,7 +40,7 @@ def samples() -> list[Sample]:
     return [*found[:-1], Sample(found[-1].key, found[-1].image, found[0].text)]
 
 
-def contrastive_task() -> Contrastive:
+def contrastive_task(**changes: Any) -> Contrastive:
     torch.manual_seed(0)
     config = ContrastiveConfig(
         model=ModelConfig(
@@ -55,7 +59,19 @@ def contrastive_task() -> Contrastive:
         crop=CropConfig(size=48),
         max_text_length=24,
     )
-    return Contrastive(config)
+    return Contrastive(replace(config, **changes))
+
+
+SEPARATE = {"text_tower": TextTowerConfig(width=12, num_layers=1, num_heads=2, embed_width=10)}
+CONTRASTIVE: dict[str, dict[str, Any]] = {
+    "contrastive_loss": {},
+    "contrastive_loss_as_published": {"equal_captions_are_negatives": True},
+    "sigmoid_loss": {"loss": "siglip"},
+    "sigmoid_loss_as_published": {"loss": "siglip", "equal_captions_are_negatives": True},
+    "separate_towers": SEPARATE,
+    "separate_towers_sigmoid": {**SEPARATE, "loss": "siglip"},
+}
+"""Kinds of contrastive training, and what is changed for them."""
 
 
 def batch_of(task: Contrastive, chosen: list[Sample]) -> PairBatch:
@@ -72,6 +88,12 @@ def contrastive_step(task: Contrastive, chosen: list[Sample]) -> dict[str, Any]:
         "loss": values["loss"].detach(),
         "gradients": {name: p.grad for name, p in task.named_parameters() if p.grad is not None},
     }
+
+
+def contrastive_share(rank: int, changes: dict[str, Any]) -> dict[str, Any]:
+    """A step of one rank on its half of the pairs, in chunks of three rows."""
+    contrastive_loss._LOGITS = 3 * 2 * PAIRS
+    return contrastive_step(contrastive_task(**changes).double(), samples()[rank * PAIRS : rank * PAIRS + PAIRS])
 
 
 def quantizer_steps(batches: list[torch.Tensor], revive_after: int = 0) -> dict[str, torch.Tensor]:
@@ -126,14 +148,12 @@ def parts(rank: int) -> dict[str, tuple[Callable[..., Any], Callable[[], Any]]]:
     own = slice(rank * 30, rank * 30 + 30)
     mdm, contrastive = "recipe:pretrain/mdm_emoji:debug", "recipe:pretrain/contrastive_emoji:debug"
     return {
-        "contrastive_loss": (
-            in_group,
-            lambda: contrastive_step(contrastive_task().double(), samples()[rank * PAIRS : rank * PAIRS + PAIRS]),
-        ),
+        **{name: (in_group, partial(contrastive_share, rank, changes)) for name, changes in CONTRASTIVE.items()},
         "quantizer": (in_group, lambda: quantizer_steps(vectors(own))),
         "quantizer_revival": (in_group, lambda: quantizer_steps([v[:3] for v in vectors(own)], revive_after=2)),
         "mdm": (at_port, lambda: train([mdm])),
         "contrastive": (at_port, lambda: train([contrastive])),
+        "lit": (at_port, lambda: train(["recipe:finetune/lit_emoji:debug"])),
         "pairs_alone": (at_port, lambda: train(["pairs_alone.py"])),
         "cached_vqkd": (
             at_port,

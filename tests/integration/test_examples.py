@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 
 import beit3
+from beit3.cli import run_command
 from beit3.data.emoji import load_cells
 from beit3.tokenizer.vqkd import VQKD, VQKDConfig
 
@@ -77,6 +79,45 @@ def test_use_as_backbone_draws_a_colour_for_each_patch(
     assert len(np.unique(drawn.reshape(-1, 3), axis=0)) == 9
 
 
+def test_groups_of_open_tasks_are_nine_and_fit_the_recipe(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nobody draws the tenth, parts of other emoji; every picture of the last one is used."""
+    program = runpy.run_path(str(EXAMPLES / "open_tasks.py"))
+    groups = [
+        "flags",
+        "components",
+        "travel",
+        "animals",
+        "objects",
+        "symbols",
+        "people",
+        "smileys",
+        "food",
+        "sport",
+        "",
+    ]
+    pictures = [
+        program["Picture"](
+            f"drawings/{number % 12:02d}.png",
+            "",
+            {"hexcode": "1F600", "category": group, "split": "train", "vendor": vendor},
+        )
+        for vendor in ("google", "twitter")
+        for number, group in enumerate(groups)
+    ]
+    (place / "tasks").mkdir()
+    (place / "tasks/drawings").symlink_to(place / "data/drawings")
+    program["write_groups"](pictures, place / "tasks")
+    names = json.loads((place / "tasks/groups.labels.json").read_text())
+    assert names == sorted(set(groups) - {"components", ""})
+    for part in ("train", "test"):
+        rows = [json.loads(line) for line in (place / f"tasks/groups.{part}.jsonl").read_text().splitlines()]
+        assert sorted(row["label"] for row in rows) == list(range(9))
+    train = ["train", "recipe:finetune/classification_emoji:debug", "--device", "cpu", "--precision", "fp32"]
+    assert run_command([*train, "--data", "tasks"]) == 0
+    assert json.loads((place / "runs/classification_emoji_debug/export/labels.json").read_text()) == names
+    assert "left out" not in capsys.readouterr().err
+
+
 def test_continue_pretraining_moves_every_weight_of_a_released_model(place: Path, released: Released) -> None:
     path = released("pretraining", codebook_size=16)
     codes = VQKDConfig(image_size=(24, 24), patch_size=8, width=16, depth=1, num_heads=2, codebook_size=16)
@@ -89,3 +130,14 @@ def test_continue_pretraining_moves_every_weight_of_a_released_model(place: Path
     assert sum(float((before[name] - after[name]).abs().max()) for name in moved) / len(moved) < 0.1, (
         "it went on from it"
     )
+
+
+def test_name_words_writes_a_page_with_words_beside_captions(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train = ["train", "recipe:pretrain/superclass_emoji:debug", "--device", "cpu", "--precision", "fp32"]
+    assert run_command(train) == 0
+    main("name_words")("runs/superclass_emoji_debug/export", "data/test_vendor", "words.html", "5")
+    assert "of 5 pictures have a word" in capsys.readouterr().out
+    page = Path("words.html").read_text(encoding="utf-8")
+    captions = [cell.caption for cell in load_cells("twitter", heldout=False)[:12]]
+    assert sum(f'<td class="text">{caption}</td>' in page for caption in captions) == 5
+    assert page.count('<img class="pixel"') == 5

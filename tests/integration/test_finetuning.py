@@ -24,10 +24,12 @@ if TYPE_CHECKING:
 
 Start = Callable[..., subprocess.Popen[str]]
 RECIPES = ("classification_emoji", "vqa_emoji", "nlvr2_emoji", "captioning_emoji", "retrieval_emoji")
+RELEASED = ("imagenet_base", "vqav2_base", "nlvr2_base", "captioning_base", "retrieval_base")
+"""With all that is drawn in training: mixup, CutMix, erasing, RandAugment."""
 CPU = ["--device", "cpu", "--precision", "fp32"]
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", RECIPES + RELEASED)
 def test_an_interrupted_run_ends_bit_for_bit_the_same(name: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     command = ["train", f"recipe:finetune/{name}:debug", *CPU, "--loop.steps", "6"]
     assert run_command([*command, "--name", "whole"]) == 0
@@ -103,17 +105,87 @@ def test_an_interrupted_evaluation_goes_on_and_another_is_refused(
     assert run_command([*command, "--num-beams", "2", "--overwrite"]) == 0
 
 
+@pytest.mark.parametrize(
+    ("name", "labels"),
+    [
+        ("vqa_emoji", "vqa.labels.json"),
+        ("vqav2_base", "vqa.labels.json"),
+        ("classification_emoji", "groups.labels.json"),
+    ],
+)
+def test_labels_are_those_of_the_data_folder(
+    name: str, labels: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the recipes' headers say: `--data DATA` is enough. A file of that name in the current folder is another."""
+    (place / "data").rename(place / "elsewhere")
+    names = json.loads((place / "elsewhere" / labels).read_text())
+    (place / labels).write_text(json.dumps(names[::-1]))
+    command = ["train", f"recipe:finetune/{name}:debug", *CPU, "--data", "elsewhere", "--name", "run"]
+    assert run_command(command) == 0
+    assert json.loads((place / "runs/run/export/labels.json").read_text()) == names
+    (place / "own.json").write_text(json.dumps(names[::-1]))
+    own = [*command, "--overwrite", "--task.labels"]
+    assert run_command([*own, "own.json"]) == 0
+    assert json.loads((place / "runs/run/export/labels.json").read_text()) == names[::-1]
+    capsys.readouterr()
+    assert run_command([*own, "none.json"]) == 3
+    assert capsys.readouterr().err.strip() == (
+        "beit3: labels none.json are neither in elsewhere nor in the current folder: prepare the data, or name others "
+        "with --task.labels"
+    )
+
+
+def test_identifiers_that_cannot_be_judged_end_a_run_before_it_begins(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [json.loads(line) for line in Path("data/nlvr2.test.jsonl").read_text().splitlines()]
+    rows = [
+        {**row, "image_path": f"data/{row['image_path']}", "image2_path": f"data/{row['image2_path']}"} for row in rows
+    ]
+    lines = [json.dumps({**row, "identifier": f"pair {number}"}) for number, row in enumerate(rows)]
+    Path("odd.jsonl").write_text("\n".join(lines))
+    command = ["train", "recipe:finetune/nlvr2_emoji:debug", *CPU, "--task.eval", str(place / "odd.jsonl")]
+    assert run_command(command) == 3
+    (said,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("beit3"))
+    assert "0 of 12 rows; left out: 12 invalid_identifier (such as odd.jsonl:1, odd.jsonl:2, odd.jsonl:3)" in said
+    assert not list((place / "runs/nlvr2_emoji_debug").glob("checkpoints/*"))
+
+
+KEEP_WEIGHTS = """
+import os, sys
+import torch
+from beit3.cli import run_command
+from beit3.train import loop
+
+save = loop._save
+
+def keep_and_save(trainer):
+    torch.save(trainer.task.state_dict(), f"weights-{os.environ['RANK']}.pt")
+    save(trainer)
+
+loop._save = keep_and_save
+sys.exit(run_command(sys.argv[1:]))
+"""
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", ["vqa_emoji", "captioning_emoji", "retrieval_emoji"])
 def test_two_ranks_train_as_one_does(name: str, place: Path, start: Start) -> None:
     """No rank waits for a gradient that never comes, and the mean gradient is that of the whole batch."""
     command = ["train", f"recipe:finetune/{name}:debug", *CPU, "--task.view.scale", "1", "1", "--optim.name", "sgd"]
     assert run_command([*command, "--name", "one"]) == 0
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "beit3"]
+    (place / "keep_weights.py").write_text(KEEP_WEIGHTS)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "keep_weights.py"]
     process = start([*torchrun, *command, "--name", "two"], place)
     _, error = process.communicate(timeout=200)
     assert process.returncode == 0, error
+    first, second = (torch.load(place / f"weights-{rank}.pt", weights_only=True) for rank in range(2))
+    assert first.keys() == second.keys()
+    for parameter, value in first.items():
+        assert torch.equal(second[parameter], value), parameter
     one, two = (load_model(place / "runs" / run / "export").state_dict() for run in ("one", "two"))
+    for parameter, value in two.items():
+        assert torch.equal(first[f"model.{parameter}"], value), "the export is what both hold"
     if name == "captioning_emoji":
         return  # each rank averages over its own hidden words, whose number differs
     for parameter, value in one.items():

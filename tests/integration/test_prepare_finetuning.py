@@ -255,4 +255,6 @@ def test_help_names_the_sets_and_says_what_needs_no_preparation(capsys: pytest.C
     assert all(kind in said for kind in FINETUNING_SETS)
     assert "Indexes of the released code (*.jsonl) need no preparation" in said
     assert run_command(["prepare", "vqav2", "--help"]) == 0
-    assert "--min-answer-count" in capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
+    assert "--min-answer-count" in said
+    assert '1,000 are the images whose SHA-256 of "rest_val:ID"' in said, "the rule of the validation split"

@@ -20,6 +20,8 @@ from beit3.metrics.ptb_tokenizer import tokenize_captions
 HERE = Path(__file__).parent
 SCRIPT: dict[str, Any] = runpy.run_path(str(HERE / "make_pycocoevalcap_scores.py"))
 STORED: dict[str, Any] = json.loads((HERE / "pycocoevalcap.json").read_text(encoding="utf-8"))
+EXAMPLE = HERE.parents[1] / ".official" / "coco_caption"
+ANNOTATIONS, RESULTS = EXAMPLE / "captions_val2014.json", EXAMPLE / "captions_val2014_fakecap_results.json"
 EXACT = 1e-9
 """Far below the 1e-6 that is promised."""
 
@@ -82,3 +84,25 @@ def test_scores_of_random_captions_equal_those_computed_now(num_images: int, see
     )
     assert rouge_l(candidates, references) == pytest.approx(expected["rouge_l"], abs=EXACT)
     assert cider_d(candidates, references) == pytest.approx(expected["cider"], abs=EXACT)
+
+
+@pytest.mark.usefixtures("scorers")
+@pytest.mark.skipif(not (ANNOTATIONS.is_file() and RESULTS.is_file()), reason="needs its example data, see README.md")
+def test_scores_of_its_own_example_are_those_that_it_prints() -> None:
+    """Made-up captions of a thousand images of COCO.
+
+    The wheel holds the example's script without its data, which lie in the folder `example` of the repository; people's
+    captions of COCO's images are not kept here, so this is skipped where nobody has put both files into
+    `.official/coco_caption`. The printed figures, METEOR aside, are those of coco-caption's notebook.
+    """
+    results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    known: dict[int, list[str]] = {}
+    for row in json.loads(ANNOTATIONS.read_text(encoding="utf-8"))["annotations"]:
+        known.setdefault(row["image_id"], []).append(row["caption"])
+    candidates = [row["caption"] for row in results]
+    references = [known[row["image_id"]] for row in results]
+    found = caption_scores(candidates, references)
+    tokens = tokenize_captions(candidates), [tokenize_captions(captions) for captions in references]
+    assert found == pytest.approx(SCRIPT["published_scores"](*tokens)["set"], abs=EXACT)
+    printed = {"bleu_1": 0.579, "bleu_2": 0.404, "bleu_3": 0.279, "bleu_4": 0.191, "rouge_l": 0.396, "cider": 0.600}
+    assert found == pytest.approx(printed, abs=2e-3), "a few captions are cut into other words than by Java"

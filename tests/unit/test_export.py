@@ -32,7 +32,11 @@ SHARED = ModelConfig(
 )
 STYLES = {"shared": SHARED, "decoupled": replace(SHARED, attention="decoupled", fusion_layers=0)}
 INPUTS = {"image": ("images",), "text": ("text_ids", "text_mask"), "pair": ("images", "text_ids", "text_mask")}
-OPTIONS = {"classification": {"num_classes": 7}, "vqa": {"num_answers": 9}}
+OPTIONS: dict[str, dict[str, int]] = {
+    "classification": {"num_classes": 7},
+    "vqa": {"num_answers": 9},
+    "clip": {"text_width": 20, "text_layers": 1, "text_heads": 2, "embed_width": 10},
+}
 
 
 def random_model(style: str = "shared", task: str | None = None) -> Any:
@@ -61,7 +65,7 @@ def given(tower: str, count: int, length: int, task: str | None = None) -> dict[
 
 def packed(model: Any, tower: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """What the model itself gives, by name."""
-    if model.task == "retrieval":
+    if model.task in ("retrieval", "clip"):
         return {"embeddings": (model.encode_image if tower == "image" else model.encode_text)(**inputs)}
     out = model(**inputs)
     if isinstance(out, Tensor):
@@ -83,6 +87,8 @@ TASK_TOWERS: list[tuple[str | None, Tower]] = [
     ("pretraining", "pair"),
     ("retrieval", "image"),
     ("retrieval", "text"),
+    ("clip", "image"),
+    ("clip", "text"),
     ("classification", "image"),
     ("vqa", "pair"),
     ("nlvr2", "pair"),
@@ -182,6 +188,7 @@ def test_half_precision_takes_the_same_inputs_and_gives_its_own_type() -> None:
     ("task", "tower", "message"),
     [
         ("retrieval", "pair", "a retrieval model has no pair tower: export its image or text tower"),
+        ("clip", "pair", "a clip model has no pair tower: export its image or text tower"),
         ("classification", "text", "a classification model has no text tower: export its image tower"),
         ("nlvr2", "image", "a nlvr2 model has no image tower: export its pair tower"),
         (None, "images", "unknown tower 'images'; did you mean 'image'?"),

@@ -6,6 +6,7 @@ import ast
 import importlib.metadata
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -133,6 +134,11 @@ def test_no_module_is_named_like_one_that_someone_else_imports() -> None:
         if (path.suffix == ".py" or (path / "__init__.py").exists()) and path.stem in taken
     ]
     assert not clashes
+
+
+def test_types_are_checked_wherever_there_is_code() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert set(settings["tool"]["mypy"]["files"]) == {"beit3", "tests", "examples", "benchmarks", *RECIPE_FOLDERS}
 
 
 @pytest.mark.parametrize("folder", [".", "beit3", *RECIPE_FOLDERS])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -51,6 +52,53 @@ def test_every_variant_builds(path: Path, variant: str) -> None:
 def test_variants_of_a_recipe_have_folders_of_their_own(path: Path) -> None:
     names = [load_recipe(f"{path}:{variant}").name for variant in functions(path)]
     assert len(set(names)) == len(names)
+
+
+# Variant: learning rate, layer decay, drop path, weight decay, global batch, image size, epochs, warm-up epochs, rows.
+PUBLISHED = {
+    "imagenet_base": (7e-4, 0.65, 0.15, 0.05, 1024, 224, 50, 5, 1_281_167),
+    "imagenet_base:large": (2e-4, 0.8, 0.25, 0.05, 1024, 224, 50, 5, 1_281_167),
+    "vqav2_base": (3e-5, None, 0.1, 0.01, 128, 480, 10, 1, 640_000),
+    "vqav2_base:large": (2e-5, None, 0.15, 0.01, 128, 480, 10, 1, 640_000),
+    "nlvr2_base": (7e-4, 0.65, 0.2, 0.2, 256, 224, 20, 5, 86_373),
+    "nlvr2_base:large": (3e-4, 0.85, 0.2, 0.2, 256, 224, 20, 5, 86_373),
+    "nlvr2_base:indomain": (5e-4, 0.65, 0.2, 0.2, 256, 224, 20, 5, 86_373),
+    "nlvr2_base:indomain_large": (1e-4, 0.85, 0.2, 0.2, 256, 224, 20, 5, 86_373),
+    "captioning_base": (4e-5, None, 0.1, 0.05, 256, 480, 10, 1, 566_747),
+    "captioning_base:large": (8e-6, None, 0.1, 0.05, 256, 480, 10, 1, 566_747),
+    "captioning_base:nocaps": (1e-5, None, 0.1, 0.05, 256, 480, 10, 1, 566_747),
+    "captioning_base:nocaps_large": (8e-6, None, 0.1, 0.05, 256, 480, 10, 1, 566_747),
+    "retrieval_base": (2e-4, 0.65, 0.2, 0.05, 3072, 384, 15, 3, 566_747),
+    "retrieval_base:large": (5e-5, 0.85, 0.2, 0.05, 3072, 384, 15, 3, 566_747),
+    "retrieval_base:flickr30k": (1e-4, 0.65, 0.2, 0.05, 3072, 384, 20, 5, 145_000),
+    "retrieval_base:flickr30k_large": (5e-5, 0.85, 0.2, 0.05, 3072, 384, 20, 5, 145_000),
+}
+
+
+@pytest.mark.parametrize("address", PUBLISHED)
+def test_released_recipes_have_the_published_settings(address: str) -> None:
+    rate, decay, drop_path, weight_decay, batch_size, size, epochs, warmup, rows = PUBLISHED[address]
+    run = load_recipe(f"recipe:finetune/{address}")
+    assert isinstance(run, Run)
+    task: Any = run.task
+    assert (run.optim.lr, run.optim.layer_decay, run.optim.weight_decay) == (rate, decay, weight_decay)
+    assert (task.model.drop_path, task.batch_size, task.model.image_size) == (drop_path, batch_size, (size, size))
+    assert run.loop.steps == pytest.approx(epochs * rows / batch_size, rel=1e-3)
+    assert run.optim.warmup_steps == pytest.approx(warmup * rows / batch_size, rel=3e-3)
+    large, indomain = "large" in address, "indomain" in address
+    kind = "_itc" if "retrieval" in address else "_indomain" if indomain else ""
+    assert str(task.init_from) == f"beit3_{'large' if large else 'base'}{kind}_patch16_224.pth"
+    assert (task.model.width, task.model.num_layers) == ((1024, 24) if large else (768, 12))
+    part = "nocaps" if "nocaps" in address else "flickr30k" if "flickr30k" in address else ""
+    assert part in task.eval
+    assert ("flickr30k" in task.train) == (part == "flickr30k")
+
+
+def test_every_released_variant_is_compared_with_what_was_published() -> None:
+    released = [path for path in FILES if path.parent.name == "finetune" and f"{path.stem}" in PUBLISHED]
+    assert {f"{p.stem}:{v}" for p in released for v in functions(p)} - {f"{p.stem}:debug" for p in released} == {
+        address if ":" in address else f"{address}:recipe" for address in PUBLISHED
+    }
 
 
 def test_all_recipes_are_listed() -> None:

@@ -92,6 +92,10 @@ def prepare_vqav2(
     folders of these names (or all in one folder, images), named by their image_id. Indexes of the released code, of the
     same names, need no preparation: training reads them as they are, with answer2label.txt beside them.
 
+    rest_val holds the questions about 1,000 images of val, trainable_val those about the others, to be trained on. The
+    1,000 are the images whose SHA-256 of "rest_val:ID" (ID as in the json) is smallest: the same on every machine. A
+    set of fewer than 2,000 images gives half of them.
+
     Args:
         root: folder that holds the folders of pictures, or images with these.
         annotations: folder of the json files; by default they are looked for in ROOT and its folders vqa, annotations

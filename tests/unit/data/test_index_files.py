@@ -32,7 +32,13 @@ from beit3.tokenizer.text import TextTokenizer, train_text_tokenizer
 
 PICTURE = "images/a.png"
 QUESTION = {"image_path": PICTURE, "text": "What is it?", "labels": [3], "scores": [1.0], "qid": 1}
-PAIR = {"image_path": PICTURE, "image2_path": "images/b.png", "text": "Two dogs.", "label": 1, "identifier": "dev-1"}
+PAIR = {
+    "image_path": PICTURE,
+    "image2_path": "images/b.png",
+    "text": "Two dogs.",
+    "label": 1,
+    "identifier": "dev-1-0-0",
+}
 CAPTION = {"image_path": PICTURE, "text": "A dog.", "image_id": 7}
 
 
@@ -67,7 +73,7 @@ OFFICIAL: list[tuple[type[Row], dict[str, Any], dict[str, Any]]] = [
     (
         NLVR2Row,
         {**{k: PAIR[k] for k in ("image_path", "label", "identifier")}, "image2_path": PICTURE, "text_segment": [8, 9]},
-        {"image2_path": PICTURE, "text": (8, 9), "label": 1, "identifier": "dev-1"},
+        {"image2_path": PICTURE, "text": (8, 9), "label": 1, "identifier": "dev-1-0-0"},
     ),
     (
         CaptioningTrainingRow,
@@ -146,10 +152,18 @@ FAULTS: list[tuple[type[Row], dict[str, Any] | bytes, str]] = [
     (VQARow, {**QUESTION, "qid": 2, "labels": 3}, "invalid_labels"),
     (VQARow, {**QUESTION, "text": "Where is it?"}, "duplicate_qid"),
     (VQATrainingRow, {**QUESTION, "qid": 2, "labels": [], "scores": []}, "no_answer_in_vocabulary"),
-    (NLVR2Row, {**PAIR, "identifier": "dev-2", "label": 2}, "invalid_label"),
-    (NLVR2Row, {**PAIR, "identifier": "dev-2", "label": "True"}, "invalid_label"),
-    (NLVR2Row, {**PAIR, "identifier": "dev-2", "image2_path": "images/c.png"}, "picture_not_found"),
+    (VQARow, {**QUESTION, "qid": 2, "text": " \n"}, "empty_question"),
+    (VQARow, {**without(QUESTION, "text"), "qid": 2, "text_segment": []}, "empty_question"),
+    (VQARow, {**QUESTION, "qid": 2, "text": 5}, "not_text"),
+    (NLVR2Row, {**PAIR, "identifier": "dev-2-0-0", "label": 2}, "invalid_label"),
+    (NLVR2Row, {**PAIR, "identifier": "dev-2-0-0", "label": "True"}, "invalid_label"),
+    (NLVR2Row, {**PAIR, "identifier": "dev-2-0-0", "image2_path": "images/c.png"}, "picture_not_found"),
+    (NLVR2Row, {**PAIR, "identifier": "dev-2-0-0", "text": "\t"}, "empty_sentence"),
+    (NLVR2Row, without(PAIR, "identifier"), "missing_identifier"),
     (NLVR2Row, {**PAIR, "identifier": 2}, "invalid_identifier"),
+    (NLVR2Row, {**PAIR, "identifier": ["dev-2-0-0"]}, "invalid_identifier"),
+    (NLVR2Row, {**PAIR, "identifier": "dev-2-0"}, "invalid_identifier"),
+    (NLVR2Row, {**PAIR, "identifier": "dev--0-0"}, "invalid_identifier"),
     (NLVR2Row, PAIR, "duplicate_identifier"),
 ]
 GOOD: dict[type[Row], dict[str, Any]] = {
@@ -183,6 +197,26 @@ def test_the_report_counts_all_and_names_a_few_places(folder: Path) -> None:
         f"{folder / 'x.jsonl'}: 1 of 1,236 rows; left out: 1 malformed_line (such as x.jsonl:1236); "
         "1,234 picture_not_found (such as x.jsonl:2, x.jsonl:3, x.jsonl:4)"
     )
+
+
+def test_references_are_cleaned_and_empty_ones_counted_though_their_rows_stay(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    some = {"image_path": PICTURE, "image_id": 1, "captions": [" A\n dog. ", "", " \t", "One\0 dog."]}
+    none = {"image_path": PICTURE, "image_id": 2, "captions": ["\n"]}
+    twice = {"image_path": PICTURE, "image_id": 1, "captions": [" "]}
+    path = write(folder / "x.jsonl", some, none, twice)
+    with caplog.at_level(logging.WARNING):
+        index = read_index(path, CaptioningRow)
+    assert [row.captions for row in index] == [("A dog.", "One dog."), ()]
+    assert (index.skipped, index.dropped) == ({"duplicate_image_id": 1}, {"empty_caption": 3})
+    assert caplog.messages == [
+        f"{path}: 2 of 3 rows; left out: 1 duplicate_image_id (such as x.jsonl:3); "
+        "left out of rows that stay: 3 empty_caption (such as x.jsonl:1, x.jsonl:2)"
+    ]
+    caplog.clear()
+    read_index(write(folder / "y.jsonl", none), CaptioningRow)
+    assert len(caplog.messages) == 1, "it is said of rows that all stay, too"
 
 
 def test_nothing_is_said_of_an_index_without_faults(folder: Path, caplog: pytest.LogCaptureFixture) -> None:

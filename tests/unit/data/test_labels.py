@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from beit3.data.labels import imagenet_labels, labels_file, read_labels
+from beit3.data.labels import find_labels, imagenet_labels, labels_beside, labels_file, read_labels
 from beit3.errors import ConfigError, DataMissingError
 
 
@@ -45,6 +45,31 @@ def test_anything_else_is_refused(content: str, tmp_path: Path) -> None:
     for missing in ("other.json", "x" * 300):
         with pytest.raises(DataMissingError, match="do not exist"):
             read_labels(tmp_path / missing)
+
+
+def test_labels_are_taken_from_the_data_folder_before_the_current_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path)
+    here, data = Path("labels.json"), Path("data")
+    with pytest.raises(DataMissingError, match=r"labels\.json are neither in data nor in the current folder"):
+        find_labels(here, data)
+    here.write_text("[]")
+    assert find_labels(here, data) == here
+    (data / here).write_text("[]")
+    assert find_labels(here, data) == data / here
+    assert find_labels(here.absolute(), data) == here.absolute()
+    with pytest.raises(DataMissingError, match="labels /nowhere do not exist"):
+        find_labels(Path("/nowhere"), data)
+
+
+def test_an_index_has_our_list_beside_it_or_the_released_one(tmp_path: Path) -> None:
+    index = tmp_path / "vqa.train.jsonl"
+    assert labels_beside(index) is None
+    for name in ("answer2label.txt", "labels.json"):
+        (tmp_path / name).write_text("[]")
+        assert labels_beside(index) == tmp_path / name
 
 
 def test_imagenet_has_its_thousand_classes_in_the_order_of_their_folders() -> None:

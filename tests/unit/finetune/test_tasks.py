@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import logging
 import math
 import random
 from collections import Counter
@@ -15,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import beit3
-from beit3.config import Run
+from beit3.config import Run, replace
 from beit3.data.index_files import RetrievalRow, read_index
-from beit3.errors import ConfigError
+from beit3.errors import ConfigError, DataMissingError
 from beit3.finetune.captioning import hide_words, smoothed_loss
 from beit3.model.heads import build_model
 
@@ -79,6 +82,28 @@ def test_mixup_is_drawn_in_training_alone(build: Build, sets: Path) -> None:
         build("classification", batch_size=3)
 
 
+def test_mixup_on_several_ranks_needs_pairs_of_pictures_on_each(build: Build, sets: Path) -> None:
+    task = build("classification", batch_size=6)
+    run = Run(name="test", task=task.config, data=sets)
+    with pytest.raises(ConfigError, match=r"batch_size 6 on 2 ranks must be a multiple of 4"):
+        task.train_loader(run, 0, 2)
+    assert len(next(iter(task.train_loader(run, 0, 3))).images) == 2
+    plain = build("classification", batch_size=6, mixup=0.0, cutmix=0.0)
+    assert len(next(iter(plain.train_loader(run, 0, 2))).images) == 3
+
+
+def test_classes_are_counted_by_number_or_by_name(config: Build, sets: Path, tmp_path: Path) -> None:
+    assert config("classification", num_classes=None).build().model.head.out_features == 3
+    assert config("classification", num_classes=7, labels=None).build().model.head.out_features == 7
+    with pytest.raises(ConfigError, match=r"groups\.labels\.json names 3 classes, num_classes is 9"):
+        config("classification", num_classes=9).build()
+    with pytest.raises(ConfigError, match="give num_classes, or labels to count them"):
+        config("classification", num_classes=None, labels=None)
+    (tmp_path / "one.json").write_text('["ant"]')
+    with pytest.raises(ConfigError, match=r"one\.json names 1 classes"):
+        config("classification", num_classes=None, labels=tmp_path / "one.json").build()
+
+
 @torch.no_grad()
 def test_vqa_is_the_sum_of_binary_cross_entropies(build: Build, sets: Path) -> None:
     task = build("vqa").eval()
@@ -91,6 +116,54 @@ def test_vqa_is_the_sum_of_binary_cross_entropies(build: Build, sets: Path) -> N
         assert target.tolist() == pytest.approx(expected)
     entropy = -(batch.targets * chances.log() + (1 - batch.targets) * (1 - chances).log())
     torch.testing.assert_close(task(batch)["loss"], entropy.sum(1).mean())
+
+
+@pytest.fixture
+def own_sets(sets: Path, tmp_path: Path) -> Path:
+    """A copy of the index files that a test may change."""
+    for path in sets.glob("*.json*"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "drawings").symlink_to(sets / "drawings")
+    return tmp_path
+
+
+@pytest.mark.parametrize("file", ["labels.json", "answer2label.txt"])
+def test_vqa_refuses_indexes_of_other_answers_than_the_runs(file: str, build: Build, own_sets: Path) -> None:
+    """Their labels would be read as other words, or most of them as out of range, without a sign of it."""
+    task = build("vqa")
+    run = Run(name="test", task=task.config, data=own_sets)
+    (own_sets / file).write_text(json.dumps(task.answers))
+    task.train_loader(run, 0, 1)
+    (own_sets / file).write_text(json.dumps(task.answers[::-1]))
+    for changes in ({}, {"task.train": "../elsewhere.jsonl", "task.eval": "vqa.test.jsonl"}):
+        changed = replace(run, **changes)
+        task.config = changed.task
+        with pytest.raises(
+            ConfigError, match=rf"numbers the answers of .*{file}, which are others than .*labels\.json"
+        ):
+            task.train_loader(changed, 0, 1)
+
+
+@torch.no_grad()
+def test_nlvr2_is_cross_entropy_over_the_first_states_of_both_pictures(build: Build, sets: Path) -> None:
+    """As released: vision and text class states of (left, text), then of (right, text), give false and true."""
+    task = build("nlvr2").eval()
+    batch = first_batch(task, sets)
+    assert set(batch.labels.tolist()) == {0, 1}
+    images = task.preprocess.normalize(batch.images)
+    losses, chances = [], []
+    for number, label in enumerate(batch.labels.tolist()):
+        length = int(batch.text_mask[number].sum())
+        states = []
+        for side in (0, 1):
+            out = task.model.backbone(images[number, side][None], batch.text_ids[number, :length][None])
+            states += [out.vision[0, 0], out.text[0, 0]]
+        false, true = task.model.head(torch.cat(states)).tolist()
+        chances.append(1 / (1 + math.exp(false - true)))
+        losses.append(-math.log(chances[-1] if label else 1 - chances[-1]))
+    assert float(task(batch)["loss"]) == pytest.approx(sum(losses) / 4, abs=1e-5)
+    assert [row["probability"] for row in task.predict(batch)] == pytest.approx(chances, abs=1e-5)
+    assert len({round(loss, 3) for loss in losses}) == 4
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.5])
@@ -147,6 +220,33 @@ def test_the_worst_words_are_dropped_when_their_time_has_come(build: Build, sets
 
 
 @torch.no_grad()
+def test_a_single_hidden_word_is_never_dropped(build: Build, sets: Path) -> None:
+    task = build("captioning", drop_worst=0.9, drop_worst_after=0, batch_size=1).train()
+    batch = first_batch(task, sets)
+    place = batch.hidden.nonzero()[:1]
+    one = torch.zeros_like(batch.hidden)
+    one[place[:, 0], place[:, 1]] = True
+    batch = dataclasses.replace(batch, hidden=one, words=batch.words[:1])
+    dropped = task(batch)["loss"]
+    task.config = replace(task.config, drop_worst=0.0)
+    torch.testing.assert_close(dropped, task(batch)["loss"])
+    assert torch.isfinite(dropped)
+
+
+def test_captions_are_judged_where_there_are_references_and_their_share_is_said(build: Build) -> None:
+    task = build("captioning")
+    rows: list[dict[str, Any]] = [
+        {"image_id": 1, "caption": "a red cat", "references": ["a red cat", "a cat"]},
+        {"image_id": 2, "caption": "two dogs", "references": ["three dogs"]},
+        {"image_id": 3, "caption": "nothing", "references": []},
+    ]
+    all_judged = task.measure(rows[:2])
+    assert task.measure(rows) == {**all_judged, "judged": 2 / 3}
+    assert "judged" not in all_judged
+    assert task.measure(rows[2:]) == {}
+
+
+@torch.no_grad()
 def test_captions_of_one_picture_are_no_negatives_unless_asked(build: Build, sets: Path) -> None:
     for as_released in (False, True):
         task = build("retrieval", same_image_is_negative=as_released, batch_size=8).eval()
@@ -185,6 +285,38 @@ def test_evaluation_sees_every_example_once_and_without_chance(name: str, build:
     assert task.measure(rows) == again
     assert again
     assert all(0 <= value <= 10 for value in again.values())
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_what_is_wrong_with_the_evaluation_is_said_before_training(name: str, build: Build, sets: Path) -> None:
+    task = build(name, eval="none.jsonl")
+    run = Run(name="test", task=task.config, data=sets)
+    with pytest.raises(DataMissingError, match=r"index .*none\.jsonl does not exist"):
+        task.train_loader(run, 0, 1)
+    task.train_loader(run, 1, 2)  # rank 0 evaluates
+
+
+def test_the_index_to_evaluate_on_is_read_once(build: Build, own_sets: Path) -> None:
+    task = build("classification")
+    run = Run(name="test", task=task.config, data=own_sets)
+    task.train_loader(run, 0, 1)
+    (own_sets / "groups.test.jsonl").unlink()
+    assert sum(len(batch.images) for batch in task.eval_loader(run)) == 12
+
+
+def test_training_on_what_is_evaluated_is_said(build: Build, own_sets: Path, caplog: pytest.LogCaptureFixture) -> None:
+    detour = f"groups.train.jsonl,../{own_sets.name}/groups.test.jsonl"
+    for train, said in (("groups.test.jsonl", 1), (detour, 1), ("groups.train.jsonl", 0)):
+        task = build("classification", train=train)
+        run = Run(name="test", task=task.config, data=own_sets)
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            task.train_loader(run, 0, 1)
+            task.train_loader(run, 1, 2)
+        line = (
+            f"{own_sets / 'groups.test.jsonl'} is trained on and evaluated on: metrics will not tell of unseen examples"
+        )
+        assert caplog.messages == [line] * said
 
 
 @torch.no_grad()
@@ -238,6 +370,11 @@ def test_what_was_trained_is_loaded_and_answers(name: str, build: Build, sets: P
         from beit3.data.emoji import load_cells
 
         assert predictor.answer(picture, f"is it {load_cells('google')[3].caption}?")[0][0] == rows[3]["answer"]
+    elif name == "nlvr2":
+        from beit3.data.emoji import load_cells
+
+        found = predictor.reason(picture, sets / "drawings/04.png", load_cells("google")[3].caption)
+        assert found == pytest.approx(rows[3]["probability"], abs=1e-5)
     elif name == "captioning":
         assert predictor.caption([picture], max_length=16)[0] == rows[3]["caption"]
     elif name == "retrieval":
@@ -248,8 +385,6 @@ def test_what_was_trained_is_loaded_and_answers(name: str, build: Build, sets: P
 def test_a_task_starts_from_a_pretrained_model_of_another_size(
     name: str, build: Build, config: Build, tmp_path: Path
 ) -> None:
-    from beit3.config import replace
-
     made = build(name)
     before = replace(made.config.model, image_size=(16, 16), final_norm=True)
     pretrained = build_model(before, "pretraining", codebook_size=8)

@@ -69,8 +69,9 @@ def test_nlvr2_in_any_order() -> None:
 
 
 def test_nlvr2_refuses_what_it_cannot_count() -> None:
-    with pytest.raises(ConfigError, match='"dev-0-0"; write split-set-pair-sentence'):
-        nlvr2_accuracy([True], ["dev-0-0"])
+    for wrong in ("dev-0-0", "dev-0-0-", "-0-0-0"):
+        with pytest.raises(ConfigError, match=f'"{wrong}": write split-set-pair-sentence'):
+            nlvr2_accuracy([True], [wrong])
     with pytest.raises(ConfigError, match='"dev-0-0-0" comes 2 times'):
         nlvr2_accuracy([True, True], ["dev-0-0-0", "dev-0-0-0"])
     with pytest.raises(ConfigError, match="at least one"):

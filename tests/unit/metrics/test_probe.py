@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from beit3.metrics.probe import fit_logistic, knn_accuracy, linear_accuracy
+from beit3.metrics.probe import few_shot_accuracy, fit_logistic, knn_accuracy, linear_accuracy
 
 CLASSES = 5
 
@@ -51,6 +51,16 @@ def test_logistic_regression_against_sklearn(penalty: float) -> None:
     torch.testing.assert_close(weight, torch.from_numpy(model.coef_).float(), rtol=2e-2, atol=5e-3)
     shift = bias - bias.mean()
     torch.testing.assert_close(shift, torch.from_numpy(model.intercept_).float(), rtol=2e-2, atol=5e-3)
+
+
+def test_the_linear_probe_against_sklearn_on_standardised_features() -> None:
+    linear, scaling = pytest.importorskip("sklearn.linear_model"), pytest.importorskip("sklearn.preprocessing")
+    (train, labels), (test, wanted) = blobs(300, 0), blobs(2000, 1)
+    scaler = scaling.StandardScaler().fit(train.double().numpy())
+    model = linear.LogisticRegression(C=1 / (1e-2 * len(train)), tol=1e-8, max_iter=5000)
+    model.fit(scaler.transform(train.double().numpy()), labels.numpy())
+    expected = model.score(scaler.transform(test.double().numpy()), wanted.numpy())
+    assert linear_accuracy(train, labels, test, wanted, penalties=(1e-2,)) == pytest.approx(expected, abs=2e-3)
 
 
 def test_neighbours_are_found_by_direction_not_length() -> None:
@@ -95,3 +105,53 @@ def test_a_constant_feature_does_no_harm() -> None:
     train, labels = blobs(200, 0, spread=0.3)
     padded = torch.cat([train, torch.ones(200, 1)], dim=1)
     assert linear_accuracy(padded, labels, padded, labels) > 0.9
+
+
+def few_shot_reference(
+    train: Tensor, labels: Tensor, test: Tensor, wanted: Tensor, shots: int, seed: int, solver: str
+) -> float:
+    """big_vision's recipe in numpy, with somebody else's solver in the place of its eigendecomposition."""
+    x, y = train.double().numpy(), labels.numpy()
+    rng = np.random.default_rng(seed)
+    chosen = np.concatenate([rng.permutation(np.where(y == number)[0])[:shots] for number in range(CLASSES)])
+    mean, deviation = x[chosen].mean(0), x[chosen].std(0) + 1e-5
+    support = np.pad((x[chosen] - mean) / deviation, ((0, 0), (0, 1)), constant_values=100.0)
+    query = np.pad((test.double().numpy() - mean) / deviation, ((0, 0), (0, 1)), constant_values=100.0)
+    targets = 2.0 * np.eye(CLASSES)[y[chosen]] - 1.0
+    if solver == "sklearn":
+        linear = pytest.importorskip("sklearn.linear_model")
+        predicted = linear.Ridge(alpha=1024.0, fit_intercept=False, solver="cholesky").fit(support, targets)
+        scores = predicted.predict(query)
+    else:
+        normal = support.T @ support + 1024.0 * np.eye(support.shape[1])
+        scores = query @ np.linalg.solve(normal, support.T @ targets)
+    return float((scores.argmax(1) == wanted.numpy()).mean())
+
+
+@pytest.mark.parametrize("solver", ["sklearn", "solve"])
+@pytest.mark.parametrize("shots", [1, 10])
+def test_few_shots_against_other_solvers(shots: int, solver: str) -> None:
+    """One row of each class is fewer rows than features, ten are more: both ways of solving are taken."""
+    (train, labels), (test, wanted) = blobs(300, 0), blobs(2000, 1)
+    found = few_shot_accuracy(train, labels, test, wanted, shots=shots, seeds=(0, 1, 2, 3))
+    expected = [few_shot_reference(train, labels, test, wanted, shots, seed, solver) for seed in range(4)]
+    assert found.by_seed == pytest.approx(expected, abs=1e-12)
+    assert found.mean == pytest.approx(sum(expected) / 4)
+    assert len(set(found.by_seed)) > 1, "each seed chooses rows of its own"
+    assert 0.3 < found.mean < 0.95
+
+
+def test_few_shots_take_all_rows_of_a_small_class_and_skip_numbers_without_rows() -> None:
+    train, labels = torch.tensor([[0.0, 1.0], [0.1, 1.1], [5.0, -1.0]]), torch.tensor([0, 0, 3])
+    test = torch.tensor([[0.0, 1.2], [5.1, -0.9]])
+    assert few_shot_accuracy(train, labels, test, torch.tensor([0, 3]), penalty=1.0).by_seed == (1.0, 1.0, 1.0)
+
+
+def test_few_shots_leave_the_generators_alone() -> None:
+    (train, labels), (test, wanted) = blobs(60, 0), blobs(20, 1)
+    few_shot_accuracy(train, labels, test, wanted)
+    drawn = torch.rand(3), np.random.rand(3)
+    torch.manual_seed(0)
+    np.random.seed(0)
+    assert torch.equal(drawn[0], torch.rand(3))
+    assert (drawn[1] == np.random.rand(3)).all()

@@ -36,6 +36,11 @@ TINY = ModelConfig(
 
 
 @pytest.fixture
+def tiny_model() -> ModelConfig:
+    return TINY
+
+
+@pytest.fixture
 def mdm_config(workspace: Workspace) -> MaskedDataModelingConfig:
     pairs = (Source(path="pairs"),)
     return MaskedDataModelingConfig(

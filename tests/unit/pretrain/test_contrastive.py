@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import json
 import math
 from collections.abc import Callable
@@ -10,15 +12,21 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
+import beit3
 from beit3.config import Run, replace
 from beit3.data.shards import Sample
 from beit3.data.transforms import EvalResize
 from beit3.errors import BadSampleError, ConfigError
+from beit3.metrics.retrieval import dual_recall
 from beit3.model.exchange import write_folder
-from beit3.pretrain.contrastive import Contrastive, ContrastiveConfig, PairBatch, PairEncoder
+from beit3.model.presets import TextTowerConfig
+from beit3.pretrain.contrastive import Contrastive, ContrastiveConfig
 from beit3.pretrain.masked_data_modeling import MaskedDataModeling
+from beit3.pretrain.pairs import PairBatch, PairEncoder, ZeroShotConfig
+from beit3.pretrain.probe import Probe, ProbeConfig
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,6 +34,7 @@ if TYPE_CHECKING:
     from tests.conftest import Workspace
 
 Build = Callable[..., Contrastive]
+TOWER = TextTowerConfig(width=12, num_layers=1, num_heads=2, embed_width=10)
 
 
 def encoder(task: Contrastive, training: bool = True) -> PairEncoder:
@@ -47,6 +56,17 @@ def plain_loss(images: Tensor, texts: Tensor, captions: list[int], scale: float)
             allowed = [j for j in range(count) if j == i or captions[j] != captions[i]]
             total += math.log(sum(math.exp(scores[j]) for j in allowed)) - scores[i]
     return total / count / 2
+
+
+def plain_sigmoid_loss(images: Tensor, texts: Tensor, captions: list[int], scale: float, bias: float) -> float:
+    """Sum over images and texts of -log p(they belong together, or not), over the images; equal captions left out."""
+    total = 0.0
+    for i in range(len(images)):
+        for j in range(len(images)):
+            if j == i or captions[j] != captions[i]:
+                score = scale * (images[i] @ texts[j]).item() + bias
+                total += math.log(1 + math.exp(-score if i == j else score))
+    return total / len(images)
 
 
 def embeddings(task: Contrastive, batch: PairBatch) -> tuple[Tensor, Tensor]:
@@ -84,6 +104,110 @@ def test_equal_captions_are_no_negatives(build_contrastive: Build, samples: list
     assert float(task(batch)["loss"]) == pytest.approx(plain_loss(images, texts, captions, scale), rel=1e-5)
     naive = plain_loss(images, texts, list(range(7)), scale)
     assert float(task(batch)["loss"]) < naive - 1e-4
+
+
+@pytest.mark.parametrize("tower", [None, TOWER])
+@pytest.mark.parametrize("as_published", [False, True])
+@pytest.mark.parametrize("loss", ["clip", "siglip"])
+def test_each_form_computes_its_formula_and_trains_all_it_holds(
+    loss: str, as_published: bool, tower: TextTowerConfig | None, build_contrastive: Build, samples: list[Sample]
+) -> None:
+    task = build_contrastive(loss=loss, text_tower=tower, equal_captions_are_negatives=as_published)
+    chosen = [*samples[:5], replace_fields(samples[7], text=samples[0].text)]
+    batch = batch_of(task, chosen)
+    captions = list(range(6)) if as_published else batch.captions.tolist()
+    images, texts = embeddings(task, batch)
+    scale = math.exp(task.model.logit_scale.item())
+    values = task(batch)
+    if loss == "clip":
+        assert task.model.logit_bias is None
+        expected = plain_loss(images, texts, captions, scale)
+    else:
+        assert task.model.logit_bias is not None
+        expected = plain_sigmoid_loss(images, texts, captions, scale, task.model.logit_bias.item())
+        assert values["logit_bias"].item() == task.model.logit_bias.item()
+    assert values["loss"].item() == pytest.approx(expected, rel=1e-5)
+    values["loss"].backward()
+    assert not [name for name, p in task.named_parameters() if p.requires_grad and p.grad is None]
+
+
+@pytest.mark.parametrize("tower", [None, TOWER])
+def test_what_is_exported_embeds_as_in_training(
+    tower: TextTowerConfig | None, build_contrastive: Build, samples: list[Sample], tmp_path: Path
+) -> None:
+    task = build_contrastive(loss="siglip", text_tower=tower).eval()
+    task.save(tmp_path / "export")
+    predictor = beit3.load(tmp_path / "export", device="cpu")
+    assert predictor.model.task == ("retrieval" if tower is None else "clip")
+    pictures = [Image.open(io.BytesIO(sample.image)) for sample in samples[:4] if isinstance(sample.image, bytes)]
+    captions = [sample.text.decode() for sample in samples[:4] if isinstance(sample.text, bytes)]
+    images, texts = embeddings(task, batch_of(task, samples[:4], training=False))
+    found = predictor.embed_images(pictures), predictor.embed_texts(captions)
+    order = [task.text_tokenizer.encode(caption, 24) for caption in captions]
+    shortest_first = sorted(range(4), key=lambda place: len(order[place]))
+    torch.testing.assert_close(found[0][shortest_first], images, atol=1e-5, rtol=0)
+    torch.testing.assert_close(found[1][shortest_first], texts, atol=1e-5, rtol=0)
+
+
+def test_a_text_tower_counts_its_own_work(build_contrastive: Build, samples: list[Sample]) -> None:
+    shared, apart = (build_contrastive(text_tower=tower) for tower in (None, TOWER))
+    batch = batch_of(shared, samples[:5])
+    lengths = batch.packed.text_lengths
+    works = [task.work(batch) for task in (shared, apart)]
+    assert works[0].tokens == works[1].tokens
+
+    def texts(width: int, hidden: int, layers: int) -> int:
+        return sum(layers * (8 * t * width**2 + 4 * t * width * hidden + 4 * t * t * width) for t in lengths)
+
+    assert works[0].flops - works[1].flops == pytest.approx(3 * (texts(16, 24, 2) - texts(12, 48, 1)))
+
+
+def test_dropped_patches_enter_no_tower(build_contrastive: Build, samples: list[Sample]) -> None:
+    task = build_contrastive(text_tower=TOWER, keep_patches=0.25)
+    batch = batch_of(task, samples[:5])
+    assert batch.packed.kept_patches is not None
+    whole = PairBatch(replace_fields(batch.packed, kept_patches=None), batch.captions)
+    assert float(task(whole)["loss"]) != pytest.approx(float(task(batch)["loss"]), rel=1e-4)
+
+
+def test_evaluation_adds_the_probe_and_zero_shot_accuracy(
+    build_contrastive: Build, workspace: Workspace, tmp_path: Path
+) -> None:
+    """Also where a moving average is evaluated: it is a copy made before anything was read."""
+    (tmp_path / "names.json").write_text(json.dumps(["ant", "bee", "cat"]))
+    task = build_contrastive(
+        text_tower=TOWER,
+        probes=(ProbeConfig(train="groups.train.jsonl", test="groups.test.jsonl", shots=2),),
+        zero_shot=ZeroShotConfig(index="groups.test.jsonl", labels=tmp_path / "names.json", prompts="plain"),
+    ).eval()
+    averaged = copy.deepcopy(task)
+    loader = task.eval_loader(Run(name="x", task=task.config, data=workspace.data))
+    assert loader is not None
+    with torch.no_grad():
+        metrics = averaged.evaluate(loader)
+        probed = Probe(ProbeConfig(train="groups.train.jsonl", test="groups.test.jsonl", shots=2), (48, 48))
+        probed.read(workspace.data)
+        expected = probed.measure(task.model.backbone)
+    assert {"probe/few_shot", "probe/knn", "zero_shot_acc1", "zero_shot_acc5", "image_to_text_r1"} <= metrics.keys()
+    assert {name: metrics[name] for name in expected} == expected
+    assert metrics["zero_shot_acc5"] == 1.0
+    alone = build_contrastive(probes=task.config.probes, eval_pairs=None)
+    assert list(alone.eval_loader(Run(name="x", task=alone.config, data=workspace.data)) or [1]) == [1]
+
+
+def test_half_precision_makes_no_ties_in_evaluation(
+    build_contrastive: Build, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Vectors of neighbouring angles, whose products are equal in bf16."""
+    task = build_contrastive().eval()
+    angles = torch.arange(8) * 0.03
+    vectors = torch.stack([angles.cos(), angles.sin()], dim=1)
+    monkeypatch.setattr(task, "embed", lambda packed: (vectors, vectors))
+    batch = batch_of(task, samples[:8], training=False)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        metrics = task.evaluate([batch])
+        assert dual_recall(vectors, vectors, batch.captions)["image_to_text_r1"] < 1, "it would matter"
+    assert metrics["image_to_text_r1"] == metrics["text_to_image_r1"] == 1
 
 
 def test_the_logit_scale_is_learned_and_stops_at_one_hundred(build_contrastive: Build, samples: list[Sample]) -> None:
@@ -220,7 +344,8 @@ def test_a_folder_of_another_kind_is_no_start(contrastive_config: ContrastiveCon
 
 
 @pytest.mark.parametrize(
-    "changes", [{"keep_patches": 0.0}, {"keep_patches": 1.1}, {"keyword_texts": 2.0}, {"crop.size": 40}]
+    "changes",
+    [{"keep_patches": 0.0}, {"keep_patches": 1.1}, {"keyword_texts": 2.0}, {"crop.size": 40}, {"max_text_length": 39}],
 )
 def test_contradictions_fail_when_the_task_is_described(
     contrastive_config: ContrastiveConfig, changes: dict[str, object]
@@ -230,10 +355,6 @@ def test_contradictions_fail_when_the_task_is_described(
 
 
 def _png() -> bytes:
-    import io
-
-    from PIL import Image
-
     data = io.BytesIO()
     Image.new("RGB", (8, 8), (255, 0, 0)).save(data, "PNG")
     return data.getvalue()

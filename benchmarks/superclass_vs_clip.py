@@ -1,0 +1,320 @@
+"""SuperClass against CLIP and SigLIP on the same vision tower: step time, memory, and the largest batch that fits.
+
+    python benchmarks/superclass_vs_clip.py speed  --sizes small base --batch 8 --rounds 7
+    python benchmarks/superclass_vs_clip.py memory --sizes small base large --batch 64 --budget 80
+
+Arms see the same images and captions, have the same tower, AdamW and autocast, and run in turn, round after round.
+`clip` and `siglip` are ours (logits in chunks, no padding), `superclass` is the sparse loss; `clip-matrix` and
+`superclass-dense` form what the released codes form: all logits at once, and (B, V) targets.
+
+On a CPU memory is counted, not measured: the step runs on fake tensors under torch's MemTracker, which adds up every
+tensor that lives. On CUDA it is `max_memory_allocated`.
+
+Shapes: B images and captions, V = 49,408 words, E width of the joint space.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+
+from beit3.model.heads import ClipModel, ContrastiveLoss, SuperClassModel
+from beit3.model.packing import PackedBatch
+from beit3.model.parts import keep_part
+from beit3.model.presets import TextTowerConfig, model_config
+from beit3.pretrain.contrastive_loss import contrastive_loss, sigmoid_loss
+from beit3.pretrain.subword_loss import SubwordLoss, Words
+
+WORDS = 49_408
+"""V of CLIP's vocabulary."""
+WORDS_OF_A_CAPTION = 12
+ARMS = ("clip", "clip-matrix", "siglip", "superclass", "superclass-dense")
+TEXT_TOWERS = {
+    "small": TextTowerConfig(width=384, num_heads=6, embed_width=384),
+    "base": TextTowerConfig(width=512, num_heads=8, embed_width=512),
+    "large": TextTowerConfig(width=768, num_heads=12, embed_width=768),
+}
+EXPECTED = {"small": (1.36, "-28 to -35 %"), "base": (1.17, "-17 to -21 %"), "large": (1.11, "-13 to -17 %")}
+"""By operations and parameters alone: the most that SuperClass can be faster than CLIP, and its saving of memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Images, texts of equal lengths, and words."""
+
+    images: Tensor
+    text_ids: Tensor
+    text_positions: Tensor
+    text_lengths: tuple[int, ...]
+    words: Words
+
+
+class Arm:
+    """One objective with its model and optimizer; `step` trains once."""
+
+    def __init__(self, name: str, size: str, checkpointing: bool, device: str, dtype: torch.dtype) -> None:
+        self.name, self.device, self.dtype = name, device, dtype
+        config = model_config(
+            f"beit3_{size}_patch16_224",
+            vocab_size=WORDS,
+            max_text_positions=79,
+            fusion_layers=0,
+            activation_checkpointing=checkpointing,
+        )
+        self.model: Any
+        with torch.device("meta"):
+            if name.startswith("superclass"):
+                self.model = SuperClassModel(config)
+                keep_part(self.model, "vision")
+            else:
+                kind: ContrastiveLoss = "siglip" if name == "siglip" else "clip"
+                self.model = ClipModel(config, **TEXT_TOWERS[size].options, loss=kind)
+        _materialise(self.model, device)
+        self.criterion = SubwordLoss(WORDS).to(device).eval()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6, foreach=True)
+
+    def step(self, batch: Batch, plain: bool = False) -> None:
+        """One training step; `plain` puts the mean of the tower's outputs in place of the loss."""
+        with torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32):
+            loss = self.plain_loss(batch) if plain else self.loss(batch)
+        torch.autograd.backward(loss)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The objective."""
+        model = self.model
+        if isinstance(model, SuperClassModel):
+            logits = model(batch.images)
+            return self.criterion(logits, batch.words)["loss"] if self.name == "superclass" else _dense(logits, batch)
+        images, texts = self.embed(batch)
+        if self.name == "clip-matrix":
+            scores = model.logit_scale.exp() * images.float() @ texts.float().T
+            own = torch.arange(len(images), device=images.device)
+            return (F.cross_entropy(scores, own) + F.cross_entropy(scores.T, own)) / 2
+        if self.name == "siglip":
+            return sigmoid_loss(images, texts, None, model.logit_scale, model.logit_bias)["loss"]
+        return contrastive_loss(images, texts, None, model.logit_scale)["loss"]
+
+    def plain_loss(self, batch: Batch) -> Tensor:
+        """Nothing but the towers."""
+        if isinstance(self.model, SuperClassModel):
+            mean: Tensor = self.model.backbone(batch.images).vision.float().mean()
+            return mean
+        images, texts = self.embed(batch)
+        return images.float().mean() + texts.float().mean()
+
+    def embed(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Vectors (B, E) of images and texts."""
+        packed = PackedBatch(
+            images=batch.images,
+            text_ids=batch.text_ids,
+            text_positions=batch.text_positions,
+            text_lengths=batch.text_lengths,
+        )
+        found: tuple[Tensor, Tensor] = self.model(packed)
+        return found
+
+
+def _dense(logits: Tensor, batch: Batch) -> Tensor:
+    """SuperClass's loss as released: (B, V) targets, weighted, normalised, against a full log-softmax."""
+    targets = torch.zeros_like(logits, dtype=torch.float32)
+    targets[batch.words.rows, batch.words.ids] = 1
+    targets = F.normalize(targets * torch.full((1, WORDS), 0.5, device=logits.device), p=1, dim=1)
+    return -(targets * logits.float().log_softmax(1)).sum(1).mean()
+
+
+def _materialise(model: nn.Module, device: str) -> None:
+    """Give a model that was built without memory small random weights, real or fake as the mode around it says."""
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(0.02 * torch.randn(parameter.shape, device=device))
+        for name, buffer in list(module._buffers.items()):
+            if buffer is not None:
+                module._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype, device=device)
+
+
+def make_batch(size: int, context: int, device: str) -> Batch:
+    """Random images and captions of `context` tokens."""
+    rows = torch.arange(size).repeat_interleave(WORDS_OF_A_CAPTION)
+    ids = torch.randint(4, WORDS, (len(rows),))
+    return Batch(
+        images=torch.randn(size, 3, 224, 224, device=device),
+        text_ids=torch.randint(4, WORDS, (size * context,), device=device),
+        text_positions=torch.arange(context, device=device).repeat(size),
+        text_lengths=(context,) * size,
+        words=Words(ids.to(device), rows.to(device), size),
+    )
+
+
+def measure_speed(options: argparse.Namespace) -> None:
+    """Seconds of a step, arms in turn; ratios of `clip` over each arm are medians over the rounds."""
+    print("| size | batch | recomputed | arm | step s (quartiles) | images/s | clip over it | most expected |")
+    print("|---|---|---|---|---|---|---|---|")
+    for size, count, checkpointing in _cases(options):
+        batch = make_batch(count, options.context, options.device)
+        arms = {name: Arm(name, size, checkpointing, options.device, options.type) for name in options.arms}
+        taken: dict[str, list[float]] = {name: [] for name in arms}
+        for number in range(options.rounds + 1):
+            for name, arm in arms.items():
+                seconds = _seconds(partial(arm.step, batch), options)
+                if number:
+                    taken[name].append(seconds)
+        for name, times in taken.items():
+            low, middle, high = statistics.quantiles(times, n=4)
+            ratio = statistics.median(a / b for a, b in zip(taken[options.arms[0]], times, strict=True))
+            expected = f"{EXPECTED[size][0]:.2f}" if name == "superclass" else ""
+            print(
+                f"| {size} | {count} | {'yes' if checkpointing else 'no'} | {name} | "
+                f"{middle:.3f} ({low:.3f}-{high:.3f}) | {count / middle:.1f} | {ratio:.2f} | {expected} |",
+                flush=True,
+            )
+
+
+def _seconds(work: Callable[[], None], options: argparse.Namespace) -> float:
+    clock = time.process_time if options.clock == "cpu" else time.perf_counter
+    if options.device == "cuda":
+        torch.cuda.synchronize()
+    started = clock()
+    for _ in range(options.steps):
+        work()
+    if options.device == "cuda":
+        torch.cuda.synchronize()
+    return (clock() - started) / int(options.steps)
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Peak of a training step in GiB."""
+
+    states: float
+    """Weights, gradients and moments at the peak."""
+    activations: float
+    """What the towers keep and what is in work."""
+    loss: float
+    """What the head and the objective add."""
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.states + self.activations + self.loss
+
+
+def memory_of(name: str, size: str, count: int, checkpointing: bool, options: argparse.Namespace) -> Memory:
+    """Peak of one step of an arm, split by a second step without its loss."""
+    mode: AbstractContextManager[Any] = nullcontext() if options.device == "cuda" else FakeTensorMode()
+    with mode:
+        found = []
+        for plain in (True, False):
+            arm = Arm(name, size, checkpointing, options.device, options.type)
+            batch = make_batch(count, options.context, options.device)
+            found.append(_peak(arm, batch, plain))
+            del arm, batch
+    (_, plain_rest), (states, rest) = found
+    activations = min(plain_rest, rest)
+    return Memory(states, activations, rest - activations)
+
+
+def _peak(arm: Arm, batch: Batch, plain: bool) -> tuple[float, float]:
+    """GiB of states and of all else at the peak of the second step."""
+    arm.step(batch, plain)
+    states = sum(p.numel() * p.element_size() for p in arm.model.parameters()) / 2**30
+    if arm.device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        arm.step(batch, plain)
+        return 4 * states, torch.cuda.max_memory_allocated() / 2**30 - 4 * states
+    tracker = MemTracker()
+    tracker.track_external(arm.model, arm.optimizer)
+    with tracker:
+        arm.step(batch, plain)
+    (peak,) = tracker.get_tracker_snapshot("peak").values()
+    kinds = {getattr(kind, "value", kind): size / 2**30 for kind, size in peak.items()}
+    held = sum(kinds[kind] for kind in ("Parameter", "Buffer", "Gradient", "Optstate"))
+    return held, kinds["Total"] - held
+
+
+def measure_memory(options: argparse.Namespace) -> None:
+    """Peak of a step by parts, and the largest batch within the budget."""
+    print(
+        f"| size | batch | recomputed | arm | states GiB | activations | loss | peak | of clip | expected | "
+        f"largest batch in {options.budget:g} GiB |"
+    )
+    print("|---" * 11 + "|")
+    for size, count, checkpointing in _cases(options):
+        first: float | None = None
+        for name in options.arms:
+            found = memory_of(name, size, count, checkpointing, options)
+            first = found.total if first is None else first
+            largest = largest_batch(partial(_total, name, size, checkpointing, options), options.budget)
+            expected = EXPECTED[size][1] if name == "superclass" and not checkpointing else ""
+            print(
+                f"| {size} | {count} | {'yes' if checkpointing else 'no'} | {name} | {found.states:.2f} | "
+                f"{found.activations:.2f} | {found.loss:.2f} | {found.total:.2f} | {found.total / first - 1:+.0%} | "
+                f"{expected} | {largest:,} |",
+                flush=True,
+            )
+
+
+def _total(name: str, size: str, checkpointing: bool, options: argparse.Namespace, count: int) -> float:
+    return memory_of(name, size, count, checkpointing, options).total
+
+
+def largest_batch(peak: Callable[[int], float], budget: float) -> int:
+    """The largest batch whose peak fits, to a hundredth; memory grows nearly in a straight line."""
+    low, high = 8, 64
+    peaks = {low: peak(low), high: peak(high)}
+    for _ in range(4):
+        slope = (peaks[high] - peaks[low]) / (high - low)
+        guess = max(1, int(high + (budget - peaks[high]) / slope))
+        if abs(guess - high) <= max(1, guess // 100):
+            return guess if peaks[high] <= budget else min(guess, high - 1)
+        low, high = high, guess
+        peaks[high] = peak(high)
+    return high if peaks[high] <= budget else guess
+
+
+def _cases(options: argparse.Namespace) -> Iterator[tuple[str, int, bool]]:
+    for size in options.sizes:
+        for count in options.batch:
+            for checkpointing in (False, True) if options.checkpointing else (False,):
+                yield size, count, checkpointing
+
+
+def main() -> None:
+    """Print one table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("speed", "memory"))
+    parser.add_argument("--sizes", nargs="+", default=["small"], choices=tuple(TEXT_TOWERS))
+    parser.add_argument("--batch", type=int, nargs="+", default=[8])
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS, help="the first is compared with")
+    parser.add_argument("--context", type=int, default=77, help="tokens of every caption")
+    parser.add_argument("--checkpointing", action="store_true", help="also with activations computed again")
+    parser.add_argument("--dtype", default="bf16", choices=("fp32", "bf16"))
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--clock", default="wall", choices=("wall", "cpu"))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=1, help="steps of one timing")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--budget", type=float, default=80.0, help="GiB")
+    options = parser.parse_args()
+    options.type = torch.bfloat16 if options.dtype == "bf16" else torch.float32
+    torch.set_num_threads(options.threads)
+    {"speed": measure_speed, "memory": measure_memory}[options.what](options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""Two processes count, weigh and wait as one: SuperClass, mixtures, and evaluation on one rank.
+
+As a program (`test_objectives.py FOLDER PORT ...`) this is one of the two processes.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from beit3.cli import run_command
+from beit3.pretrain.subword_loss import SubwordLoss, join_words
+from beit3.train import distributed, loop
+from beit3.train.log import read_log
+
+if TYPE_CHECKING:
+    from tests.conftest import Workspace
+
+pytestmark = pytest.mark.distributed
+WORDS = 9
+CAPTIONS = [[1, 4, 4], [2], [], [4, 2, 7], [0, 8], [], [1], [5, 4, 3, 2]]
+RECIPES = {"superclass": "superclass_emoji_debug", "mixture": "mixture_emoji_debug"}
+
+
+def logits() -> torch.Tensor:
+    return torch.randn(len(CAPTIONS), WORDS, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+
+def subword_step(own: list[slice]) -> dict[str, torch.Tensor]:
+    """Counts, loss and gradient of a step of several batches, averaged as the loop and DistributedDataParallel do."""
+    criterion = SubwordLoss(WORDS)
+    values = logits().requires_grad_()
+    criterion.count([join_words(CAPTIONS[part]) for part in own])
+    losses = [criterion(values[part], join_words(CAPTIONS[part]))["loss"] / len(own) for part in own]
+    loss = torch.stack(losses).sum()
+    (gradient,) = torch.autograd.grad(loss, values)
+    if dist.is_initialized():
+        loss = loss.detach() / dist.get_world_size()
+        for tensor in (loss, gradient):
+            dist.all_reduce(tensor)
+        gradient = gradient / dist.get_world_size()
+    return {"loss": loss.detach(), "gradient": gradient, "df": criterion.document_frequency}
+
+
+def wait_for_a_slow_rank(rank: int) -> bool:
+    """Rank 0 evaluates for longer than ranks may wait for each other while they train."""
+    distributed._TIMEOUT = timedelta(seconds=2)
+    with distributed.join_ranks("cpu") as ranks:
+        if rank == 0:
+            time.sleep(4)
+        ranks.barrier()
+    return True
+
+
+def train(recipe: str) -> dict[str, torch.Tensor]:
+    """Train through the command line; this rank's final weights and counts."""
+    kept: dict[str, torch.Tensor] = {}
+    save = loop._save
+
+    def keep_and_save(trainer: loop.Trainer) -> None:
+        kept.update({name: value.clone() for name, value in trainer.task.state_dict().items()})
+        save(trainer)
+
+    loop._save = keep_and_save
+    try:
+        assert run_command(["train", recipe, "--device", "cpu", "--precision", "fp32", "--out", "ddp"]) == 0
+    finally:
+        loop._save = save
+    return kept
+
+
+def in_group(part: Callable[[], Any]) -> Any:
+    dist.init_process_group("gloo")
+    try:
+        return part()
+    finally:
+        dist.destroy_process_group()
+
+
+def parts(rank: int) -> dict[str, Callable[[], Any]]:
+    own = [slice(0, 2), slice(2, 3)] if rank == 0 else [slice(3, 5), slice(5, 8)]
+    return {
+        "subword": lambda: in_group(lambda: subword_step(own)),
+        "patience": lambda: wait_for_a_slow_rank(rank),
+        **{name: partial(train, f"recipe:pretrain/{name}_emoji:debug") for name in RECIPES},
+    }
+
+
+@pytest.fixture(scope="module")
+def place(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where both processes worked, and left what they found."""
+    folder = tmp_path_factory.mktemp("objectives")
+    for name in ("data", "runs"):
+        (folder / name).symlink_to(workspace.folder / name, target_is_directory=True)
+    ports = [str(_free_port()) for _ in parts(0)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(folder), *ports],
+            cwd=folder,
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        errors = [process.communicate(timeout=240)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], errors
+    return folder
+
+
+def found(place: Path, part: str) -> tuple[Any, Any]:
+    first, second = (torch.load(place / f"{part}-{rank}.pt", weights_only=True) for rank in range(2))
+    return first, second
+
+
+def _free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port: int = one.getsockname()[1]
+        return port
+
+
+def test_two_ranks_count_documents_as_one_process_does(place: Path) -> None:
+    first, second = found(place, "subword")
+    whole = subword_step([slice(0, 8)])
+    for rank in (first, second):
+        assert torch.equal(rank["df"], whole["df"])
+        torch.testing.assert_close(rank["loss"], whole["loss"], rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(rank["gradient"], whole["gradient"], rtol=1e-6, atol=1e-7)
+
+
+def test_a_long_evaluation_on_one_rank_is_waited_for(place: Path) -> None:
+    assert found(place, "patience") == (True, True)
+
+
+@pytest.mark.parametrize("part", RECIPES)
+def test_an_objective_trains_on_two_ranks_and_they_end_equal(place: Path, part: str) -> None:
+    first, second = found(place, part)
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+    counted = [value for name, value in first.items() if name.endswith("num_documents")]
+    batch = {"superclass": 8, "mixture": 4}[part]
+    assert [int(value) for value in counted] == [2 * batch]
+    assert read_log(place / "ddp" / RECIPES[part])[-1]["step"] == 2
+
+
+def main() -> None:
+    folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+    torch.set_num_threads(1)
+    for port, (name, part) in zip(sys.argv[2:], parts(rank).items(), strict=True):
+        os.environ["MASTER_PORT"] = port
+        torch.save(part(), folder / f"{name}-{rank}.pt")
+
+
+if __name__ == "__main__":
+    main()
