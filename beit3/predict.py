@@ -198,7 +198,7 @@ class Predictor:
         """
         require(not isinstance(texts, (str, bytes)), "give a list of texts: embed_texts([text])")
         parts = [self._encode_texts(batch).cpu() for batch in _chunks(texts, _TEXTS)]
-        return torch.cat(parts) if parts else torch.empty(0, self._backbone.config.width)
+        return torch.cat(parts) if parts else torch.empty(0, self.model.vector_width)
 
     @torch.no_grad()
     def classify(self, images: Iterable[ImageInput], top: int = 5) -> list[Ranking]:
@@ -396,7 +396,7 @@ class Predictor:
     def _rows(self, images: Iterable[ImageInput], encode: Callable[[Tensor], Tensor]) -> Tensor:
         """Apply a map of pixels to rows batch by batch; (n, ...) float32 on the CPU."""
         parts = [encode(self._pixels(batch)).float().cpu() for batch in self._image_batches(_many(images))]
-        return torch.cat(parts) if parts else torch.empty(0, self._backbone.config.width)
+        return torch.cat(parts) if parts else torch.empty(0, self.model.vector_width)
 
     def _encode_texts(self, texts: Sequence[str]) -> Tensor:
         ids, mask = self._ids(texts)

@@ -74,9 +74,9 @@ def main() -> None:
     parser.add_argument("--visual-tokenizer", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("runs/objectives"))
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
-    parser.add_argument("--batch", type=int, nargs="+", default=[32, 512])
+    parser.add_argument("--batch", type=int, nargs="+", default=[64, 512])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--seconds", type=float, default=75.0, help="of training, in each run")
+    parser.add_argument("--seconds", type=float, default=60.0, help="of training, in each run")
     options = parser.parse_args()
     torch.set_num_threads(1)
     setattr(loop, "_now", time.process_time)  # noqa: B010 - the loop's clock, for this program alone
@@ -168,7 +168,7 @@ def task_of(arm: str, batch: int, options: argparse.Namespace) -> TaskConfig:
 
 def train(arm: str, batch: int, seed: int, options: argparse.Namespace) -> None:
     """One run, unless it is finished."""
-    rate = 1e-3
+    rate = 6e-3
     run = Run(
         name=name_of(arm, batch, seed),
         task=task_of(arm, batch, options),
@@ -177,12 +177,12 @@ def train(arm: str, batch: int, seed: int, options: argparse.Namespace) -> None:
         seed=seed,
         device="cpu",
         precision="bf16",
-        optim=OptimConfig(lr=rate, min_lr=rate, weight_decay=0.1),
+        optim=OptimConfig(name="nmuon", lr=rate, min_lr=rate, weight_decay=0.1),
         loop=LoopConfig(
             steps=1_000_000,
             max_seconds=options.seconds,
             log_every=5,
-            eval_every=6144 // batch,
+            eval_every=4096 // batch,
             save_every=1_000_000,
         ),
     )

@@ -3,8 +3,8 @@
 Command:  beit3 train pretrain/clip_emoji.py[:siglip|separate|separate_siglip] --data DATA
 Needs:    DATA (`beit3 prepare emoji --out DATA`), runs/text_emoji
 Hardware: one CPU core, three to five minutes
-Expected: recall at 1 of image to text / text to image on DATA/test_vendor: 13.4 / 15.4; `siglip` 10.2 / 12.4; `separate`
-          16.5 / 19.6; `separate_siglip` 15.7 / 17.5 (measured, seed 0)
+Expected: recall at 1 of image to text / text to image on DATA/test_vendor: 13.4 / 15.4; `siglip` 10.2 / 12.4;
+          `separate` 16.5 / 19.6; `separate_siglip` 15.7 / 17.5 (measured, seed 0)
 """
 
 from pathlib import Path

@@ -157,7 +157,7 @@ def _load_own(source: str | Path, pooling: Pooling) -> ImageTower:
     model = load_model(place.path)
     require(model.part != "text", f"{source} is a text tower alone: it reads no pictures")
     if pooling == "auto":
-        pooling = "class" if model.task in _BY_CLASS_TOKEN else "mean"
+        pooling = getattr(model, "pooling", "class") if model.task in _BY_CLASS_TOKEN else "mean"
     preprocess = place.read_preprocess(model)
     backbone = model if isinstance(model, MultiwayTransformer) else model.backbone
     keep_part(backbone, "vision")

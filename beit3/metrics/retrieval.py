@@ -102,8 +102,9 @@ def dual_recall(images: Tensor, texts: Tensor, labels: Tensor) -> dict[str, floa
     unique, inverse = labels.unique(return_inverse=True)
     places = torch.arange(len(labels), device=labels.device)
     first = torch.full_like(unique, len(labels)).scatter_reduce(0, inverse, places, "amin")
-    to_text = recall_at_k(images @ texts[first].T, labels, unique)
-    to_image = recall_at_k(texts[first] @ images.T, unique, labels)
+    with torch.autocast(images.device.type, enabled=False):  # half precision makes ties, and ties never help
+        scores = images.float() @ texts[first].float().T
+    to_text, to_image = recall_at_k(scores, labels, unique), recall_at_k(scores.T, unique, labels)
     return {f"image_to_text_{name}": value for name, value in to_text.items()} | {
         f"text_to_image_{name}": value for name, value in to_image.items()
     }

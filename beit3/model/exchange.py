@@ -29,7 +29,11 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 CARD_FILE = "README.md"
-_OF_A_MODEL = {"preprocess.json", "labels.json", "tokenizer.spm", "tokenizer.json", "tokenizer_config.json"}
+_OF_A_MODEL = {"preprocess.json", "labels.json", "words.json"} | {
+    "tokenizer.spm",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
 """What belongs to the weights: it goes with them, or another model would be read with the wrong words and pictures."""
 
 

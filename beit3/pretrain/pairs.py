@@ -237,9 +237,8 @@ class PairTask(Task[PairBatch], ABC, Generic[C]):
         classes = torch.empty(0)
         if self.config.zero_shot is not None and labels:
             classes = class_vectors(self.embed_texts, self._names, PROMPTS[self.config.zero_shot.prompts])
-        # Who is nearest is told in fp32: half precision makes ties, and ties never help.
-        with torch.autocast(self.model.logit_scale.device.type, enabled=False):
-            metrics = dual_recall(torch.cat(images), torch.cat(texts), torch.cat(captions)) if captions else {}
+        metrics = dual_recall(torch.cat(images), torch.cat(texts), torch.cat(captions)) if captions else {}
+        with torch.autocast(self.model.logit_scale.device.type, enabled=False):  # as in `dual_recall`
             return metrics | (zero_shot_accuracy(torch.cat(features), classes, torch.cat(labels)) if labels else {})
 
     def _normalized(self, packed: PackedBatch) -> PackedBatch:

@@ -87,8 +87,9 @@ class Probe:
         train, test = (self._describe(backbone, images) for images, _ in self._sets)
         backbone.train(was_training)
         (_, train_labels), (_, test_labels) = self._sets
-        few_shot = few_shot_accuracy(train, train_labels, test, test_labels, shots=self._config.shots)
-        knn = knn_accuracy(train, train_labels, test, test_labels)
+        with torch.autocast("cpu", enabled=False):  # half precision makes ties between neighbours
+            few_shot = few_shot_accuracy(train, train_labels, test, test_labels, shots=self._config.shots)
+            knn = knn_accuracy(train, train_labels, test, test_labels)
         return {f"{self._config.name}/few_shot": few_shot.mean, f"{self._config.name}/knn": knn}
 
     def _describe(self, backbone: MultiwayTransformer, images: Tensor) -> Tensor:

@@ -66,8 +66,11 @@ def test_joined_batches_keep_pairs_first(ragged: Callable[..., PackedBatch]) -> 
 
 def test_joining_refuses_pairs_after_lone_sequences_and_half_masked_batches(ragged: Callable[..., PackedBatch]) -> None:
     pairs, images = ragged((2,), 1, ()), ragged((), 1, ())
-    with pytest.raises(ValueError, match="pairs alone first"):
-        concat([images, pairs])
+    mixed = concat([pairs, images])
+    assert concat([mixed, images]).num_pairs == 1
+    for batches in ([images, pairs], [mixed, pairs]):
+        with pytest.raises(ValueError, match="behind all pairs|pairs first"):
+            concat(batches)
     with pytest.raises(ValueError, match="image_mask or none"):
         concat([images, PackedBatch(images=images.images)])
 
