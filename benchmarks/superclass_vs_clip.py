@@ -215,21 +215,24 @@ class Memory:
 
 def memory_of(name: str, size: str, count: int, checkpointing: bool, options: argparse.Namespace) -> Memory:
     """Peak of one step of an arm, split by a second step without its loss."""
-    mode: AbstractContextManager[Any] = nullcontext() if options.device == "cuda" else FakeTensorMode()
-    with mode:
-        found = []
-        for plain in (True, False):
-            arm = Arm(name, size, checkpointing, options.device, options.type)
-            batch = make_batch(count, options.context, options.device)
-            found.append(_peak(arm, batch, plain))
-            del arm, batch
-    (_, plain_rest), (states, rest) = found
+    (_, plain_rest), (states, rest) = (
+        peak_of(name, size, count, checkpointing, options, plain=plain) for plain in (True, False)
+    )
     activations = min(plain_rest, rest)
     return Memory(states, activations, rest - activations)
 
 
+def peak_of(
+    name: str, size: str, count: int, checkpointing: bool, options: argparse.Namespace, plain: bool = False
+) -> tuple[float, float]:
+    """GiB of states and of all else at the peak of an arm's second step."""
+    mode: AbstractContextManager[Any] = nullcontext() if options.device == "cuda" else FakeTensorMode()
+    with mode:
+        arm = Arm(name, size, checkpointing, options.device, options.type)
+        return _peak(arm, make_batch(count, options.context, options.device), plain)
+
+
 def _peak(arm: Arm, batch: Batch, plain: bool) -> tuple[float, float]:
-    """GiB of states and of all else at the peak of the second step."""
     arm.step(batch, plain)
     states = sum(p.numel() * p.element_size() for p in arm.model.parameters()) / 2**30
     if arm.device == "cuda":
@@ -259,7 +262,9 @@ def measure_memory(options: argparse.Namespace) -> None:
         for name in options.arms:
             found = memory_of(name, size, count, checkpointing, options)
             first = found.total if first is None else first
-            largest = largest_batch(partial(_total, name, size, checkpointing, options), options.budget)
+            largest = largest_batch(
+                partial(_total, name, size, checkpointing, options), options.budget, count, found.total
+            )
             expected = EXPECTED[size][1] if name == "superclass" and not checkpointing else ""
             print(
                 f"| {size} | {count} | {'yes' if checkpointing else 'no'} | {name} | {found.states:.2f} | "
@@ -270,21 +275,27 @@ def measure_memory(options: argparse.Namespace) -> None:
 
 
 def _total(name: str, size: str, checkpointing: bool, options: argparse.Namespace, count: int) -> float:
-    return memory_of(name, size, count, checkpointing, options).total
+    return sum(peak_of(name, size, count, checkpointing, options))
 
 
-def largest_batch(peak: Callable[[int], float], budget: float) -> int:
-    """The largest batch whose peak fits, to a hundredth; memory grows nearly in a straight line."""
-    low, high = 8, 64
-    peaks = {low: peak(low), high: peak(high)}
+def largest_batch(peak: Callable[[int], float], budget: float, count: int, known: float) -> int:
+    """The largest batch whose peak fits, to a hundredth; memory grows nearly in a straight line.
+
+    Args:
+        peak: GiB of a batch.
+        budget: GiB.
+        count: a batch.
+        known: its peak.
+    """
+    low, high, peaks = count, 4 * count, {count: known, 4 * count: peak(4 * count)}
     for _ in range(4):
         slope = (peaks[high] - peaks[low]) / (high - low)
         guess = max(1, int(high + (budget - peaks[high]) / slope))
         if abs(guess - high) <= max(1, guess // 100):
-            return guess if peaks[high] <= budget else min(guess, high - 1)
+            return min(guess, high)
         low, high = high, guess
         peaks[high] = peak(high)
-    return high if peaks[high] <= budget else guess
+    return min(low, high)
 
 
 def _cases(options: argparse.Namespace) -> Iterator[tuple[str, int, bool]]:
