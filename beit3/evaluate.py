@@ -7,106 +7,184 @@ counted once, whatever the number of ranks.
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
-from tyro.conf import Positional
+from torch import nn
+from tyro.conf import Positional, arg
 
 from beit3.config import require
 from beit3.data.example_loader import evaluation_batches
-from beit3.data.labels import labels_file
+from beit3.data.index_files import LEFT_OUT
+from beit3.data.labels import labels_beside, labels_file, read_labels
+from beit3.data.prompts import Prompts
+from beit3.data.source import find_source, num_outputs
 from beit3.errors import ConfigError
 from beit3.evaluation_parts import claim_folder, make_parts, read_parts
 from beit3.finetune.captioning import Captioning, CaptioningConfig
 from beit3.finetune.classification import Classification, ClassificationConfig
-from beit3.finetune.common import FinetuneTask, Predictions
+from beit3.finetune.common import BatchedExamples, FinetuneTask, Predictions
 from beit3.finetune.image_tower import TIMM, Pooling
 from beit3.finetune.nlvr2 import NLVR2, NLVR2Config
 from beit3.finetune.retrieval import Retrieval, RetrievalConfig
 from beit3.finetune.vqa import VQA, VQAConfig
-from beit3.model.heads import RetrievalModel
+from beit3.model.heads import AnyModel, RetrievalModel, SuperClassModel
 from beit3.model.transformer import MultiwayTransformer
 from beit3.predict import Predictor, load
 from beit3.train.distributed import Ranks, join_ranks
 from beit3.yardsticks import YARDSTICKS, Yardstick, measure_tower
+from beit3.zero_shot import measure_zero_shot
 
 TaskName = Literal["classification", "vqa", "nlvr2", "captioning", "retrieval"]
 _PARTS = "parts"
+_METRICS = "metrics.json"
+_PREDICTIONS = "predictions.jsonl"
+_SUBMISSION = "submission.json"
+_SUBMITTED = {"vqa": ("question_id", "answer"), "captioning": ("image_id", "caption")}
+"""Fields of the files that test servers take: the VQA challenge's, COCO's for captions, NoCaps'."""
 
 
-def evaluate(
-    checkpoint: Positional[str],
-    *,
-    data: Path,
-    task: TaskName | Yardstick | None = None,
-    train: Path | None = None,
-    out: Path = Path("evaluation"),
-    batch_size: int = 64,
-    workers: int = 0,
-    image_size: int | None = None,
-    tokenizer: Path | None = None,
-    labels: Path | None = None,
-    num_beams: int = 3,
-    pooling: Pooling = "auto",
-    central_crop: float | None = None,
-    shots: int = 10,
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
-    overwrite: bool = False,
-) -> None:
-    """Evaluate a checkpoint on an index file; under torchrun on all ranks.
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What is measured, on what, and how."""
 
-    Args:
-        checkpoint: exchange folder, hf-hub:organisation/name, or released .pth file; for yardsticks timm:NAME too.
-        data: index file (`beit3 prepare`, or a released .jsonl).
-        task: left out, the checkpoint's; `retrieval` takes a backbone as well and compares its class tokens. The
-            yardsticks `few_shot`, `knn` and `linear` measure frozen features of pictures with classes.
-        train: yardsticks: index file that they learn from.
-        out: folder for metrics.json and what was predicted; the same command goes on with what an interrupted one left.
-        batch_size: examples of one batch of all ranks.
-        workers: data processes of each rank.
-        image_size: side in pixels; left out, the model's own.
-        tokenizer: `.spm` file of a released model; left out, `beit3.spm` beside it.
-        labels: names of the classes or answers, in the order of the model's outputs.
-        num_beams: beams of captions.
-        pooling: yardsticks: mean of the patches, class token, or what the model's own head reads.
-        central_crop: yardsticks: share of the side that is kept, 0.875 as published; left out, the model's own way.
-        shots: few_shot: training pictures of each class.
-        device: where the model runs.
-        overwrite: begin anew.
-    """
-    _check_options(checkpoint, task, train, any((image_size, tokenizer, labels)))
-    with join_ranks(device) as ranks:
-        if train is not None and (task == "few_shot" or task == "knn" or task == "linear"):
-            places = {"train": train, "test": data}
-            metrics = measure_tower(
-                checkpoint, task, places, out, ranks, batch_size, workers, pooling, central_crop, shots, overwrite
-            )
+    checkpoint: Positional[str]
+    """exchange folder, hf-hub:organisation/name, or released .pth file; for yardsticks timm:NAME too."""
+    data: Path
+    """index file (`beit3 prepare`, or a released .jsonl)."""
+    task: TaskName | Yardstick | Literal["zero_shot"] | None = None
+    """left out, the checkpoint's. `retrieval` takes any other model that reads texts as well, and compares its class
+    tokens. `zero_shot` tells classes by their names. The yardsticks `few_shot`, `knn` and `linear` measure frozen
+    features of pictures with classes."""
+    train: Path | None = None
+    """yardsticks: index file that they learn from."""
+    out: Path = Path("evaluation")
+    """folder for metrics.json and what was predicted; the same command goes on with what an interrupted one left."""
+    batch_size: int = 64
+    """examples of one batch of all ranks."""
+    workers: int = 0
+    """data processes of each rank."""
+    image_size: int | None = None
+    """side in pixels; left out, the model's own."""
+    tokenizer: Path | None = None
+    """`.spm` file of a released model; left out, `beit3.spm` beside it."""
+    labels: Path | None = None
+    """names of the classes or answers, in the order of the model's outputs; zero_shot: of the index's classes."""
+    num_beams: int = 3
+    """beams of captions."""
+    prompts: Prompts = "imagenet"
+    """zero_shot: texts that names are put into."""
+    pooling: Pooling = "auto"
+    """yardsticks: mean of the patches, class token, or what the model's own head reads."""
+    central_crop: float | None = None
+    """yardsticks: share of the side that is kept, 0.875 as published; left out, the model's own way."""
+    shots: int = 10
+    """few_shot: training pictures of each class."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """where the model runs."""
+    overwrite: bool = False
+    """begin anew."""
+
+
+def evaluate(asked: Annotated[Evaluation, arg(name="")]) -> None:
+    """Evaluate a checkpoint on an index file; under torchrun on all ranks."""
+    _check_options(asked)
+    with join_ranks(asked.device) as ranks:
+        if asked.task in YARDSTICKS:
+            metrics = _run_yardstick(asked, ranks)
+        elif asked.task == "zero_shot":
+            metrics = _run_zero_shot(asked, ranks)
         else:
-            predictor = load(checkpoint, str(ranks.device), image_size=image_size, tokenizer=tokenizer, labels=labels)
-            made = build_evaluated(predictor, task, num_beams)
-            metrics = evaluate_task(made, checkpoint, data, out, ranks, batch_size, workers, num_beams, overwrite)
+            metrics = _run_task(asked, ranks)
         if ranks.is_main:
-            _show(metrics, checkpoint, data)
+            shutil.rmtree(asked.out / _PARTS, ignore_errors=True)
+            _show(metrics, asked)
+
+
+def _run_task(asked: Evaluation, ranks: Ranks) -> dict[str, float]:
+    """Predict every row of the index and measure the predictions; metrics on rank 0, nothing elsewhere."""
+    found = find_source(asked.checkpoint, tokenizer=asked.tokenizer, labels=asked.labels)
+    predictor = load(
+        asked.checkpoint,
+        str(ranks.device),
+        image_size=asked.image_size,
+        tokenizer=asked.tokenizer,
+        labels=asked.labels,
+    )
+    task = build_evaluated(predictor, asked.task, asked.num_beams)
+    if isinstance(task, VQA):
+        _check_answers(predictor, asked.data)
+    examples = task.examples([asked.data], training=False)
+    settings: dict[str, Any] = {
+        "checkpoint": asked.checkpoint,
+        "data": str(asked.data),
+        "tokenizer": None if found.tokenizer is None else str(found.tokenizer),
+        "labels": None if found.labels is None else str(found.labels),
+        "task": task.kind.task,
+        "batch_size": asked.batch_size,
+        "image_size": list(task.preprocess.image_size),
+        "ranks": ranks.world_size,
+        "num_beams": asked.num_beams,
+    }
+    if ranks.is_main:
+        claim_folder(asked.out, settings, asked.overwrite)
+    ranks.barrier()
+    _predict_all(task, examples, asked, ranks)
+    ranks.barrier()
+    return _finish(task, examples.index.left_out(), asked.out) if ranks.is_main else {}
+
+
+def _run_yardstick(asked: Evaluation, ranks: Ranks) -> dict[str, float]:
+    assert asked.train is not None
+    return measure_tower(
+        asked.checkpoint,
+        next(name for name in YARDSTICKS if name == asked.task),
+        {"train": asked.train, "test": asked.data},
+        asked.out,
+        ranks,
+        asked.batch_size,
+        asked.workers,
+        asked.pooling,
+        asked.central_crop,
+        asked.shots,
+        asked.overwrite,
+    )
+
+
+def _run_zero_shot(asked: Evaluation, ranks: Ranks) -> dict[str, float]:
+    assert asked.labels is not None
+    return measure_zero_shot(
+        asked.checkpoint,
+        asked.data,
+        asked.labels,
+        asked.out,
+        ranks,
+        asked.prompts,
+        asked.batch_size,
+        asked.workers,
+        asked.overwrite,
+    )
 
 
 def build_evaluated(predictor: Predictor, task: str | None, num_beams: int = 3) -> FinetuneTask[Any, Any]:
     """Put a loaded model into the Task that measures it.
 
+    Args:
+        predictor: model, tokenizer and names of its outputs.
+        task: which; None: that of the model. `retrieval` takes any model that reads pictures and texts.
+        num_beams: of captions.
+
     Raises:
-        ConfigError: the model is of another task, or lacks the tokenizer or the answers that the task needs.
+        ConfigError: the model is of another task, or lacks the tokenizer that the task needs.
     """
-    model: Any = predictor.model
-    wanted = task or model.task
-    if wanted == "retrieval" and isinstance(model, MultiwayTransformer):
-        model = _with_class_tokens(model)
-    if wanted != model.task or wanted not in _TASKS:
-        held = model.task or "backbone"
-        raise ConfigError(f"a {held} is not evaluated as {wanted}: name a --task that it was made for")
+    wanted, model = _measured_model(predictor.model, task)
     config, kind = _TASKS[wanted]
     fields: dict[str, Any] = {"model": model.model_config, "preprocess": predictor.preprocess}
     if wanted == "classification":
@@ -117,91 +195,38 @@ def build_evaluated(predictor: Predictor, task: str | None, num_beams: int = 3) 
             fields |= {"text_tokenizer": Path(place, "tokenizer.spm")}
             fields |= {"max_text_length": predictor.preprocess.max_text_length}
         if wanted == "vqa":
-            names = predictor.labels or [f"answer {number}" for number in range(model.head[-1].out_features)]
+            names = predictor.labels or [f"answer {number}" for number in range(num_outputs(model))]
             Path(place, "labels.json").write_bytes(labels_file(names)["labels.json"])
             fields |= {"labels": Path(place, "labels.json")}
         if wanted == "captioning":
             fields |= {"num_beams": num_beams, "max_text_length": min(32, predictor.preprocess.max_text_length)}
         made: FinetuneTask[Any, Any] = kind(config(**fields), model)
+    made.labels = predictor.labels
     return made.eval()
 
 
-def evaluate_task(
-    task: FinetuneTask[Any, Any],
-    checkpoint: str,
-    data: Path,
-    out: Path,
-    ranks: Ranks,
-    batch_size: int,
-    workers: int,
-    num_beams: int,
-    overwrite: bool,
-) -> dict[str, float]:
-    """Predict every row of an index file and measure the predictions; metrics on rank 0, nothing elsewhere."""
-    settings: dict[str, Any] = {
-        "checkpoint": checkpoint,
-        "data": str(data),
-        "task": task.kind.task,
-        "batch_size": batch_size,
-        "image_size": list(task.preprocess.image_size),
-        "ranks": ranks.world_size,
-        "num_beams": num_beams,
-    }
-    if ranks.is_main:
-        claim_folder(out, settings, overwrite)
-    ranks.barrier()
-    predict_all(task, data, out / _PARTS, batch_size, workers, ranks)
-    ranks.barrier()
-    return finish(task, out) if ranks.is_main else {}
+def _measured_model(model: AnyModel, task: str | None) -> tuple[str, Any]:
+    """Name of the Task that measures a model, and the model as that Task takes it."""
+    held = "backbone" if model.task is None else model.task
+    wanted = task or ("retrieval" if model.task == "clip" else held)
+    if task is None and wanted not in _TASKS:
+        named = "zero_shot" if isinstance(model, SuperClassModel) else "retrieval"
+        raise ConfigError(f"a {held} model has no figure of its own: name --task {named} or {', '.join(YARDSTICKS)}")
+    if wanted == "retrieval":
+        return wanted, _dual_encoder(model)
+    if wanted != held or wanted not in _TASKS:
+        raise ConfigError(f"a {held} is not evaluated as {wanted}: name a --task that it was made for")
+    return wanted, model
 
 
-def predict_all(
-    task: FinetuneTask[Any, Any], data: Path, parts: Path, batch_size: int, workers: int, ranks: Ranks
-) -> None:
-    """Predict this rank's share of an index file, a file a batch; batches that are there already are left alone."""
-    examples = task.examples([data], training=False)
-    batches = evaluation_batches(
-        examples,
-        examples.collate,
-        batch_size=batch_size,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        num_workers=workers,
-    )
-    with torch.inference_mode():
-        make_parts(
-            batches,
-            lambda batch: task.predict(task.move(batch, ranks.device)),
-            parts,
-            ranks,
-            f"evaluating {data.name}",
-        )
-
-
-def finish(task: FinetuneTask[Any, Any], out: Path) -> dict[str, float]:
-    """Measure what all ranks predicted, and write metrics.json and predictions.jsonl."""
-    rows: Predictions = [row for part in read_parts(out / _PARTS) for row in part]
-    metrics = task.measure(rows)
-    (out / "metrics.json").write_text(json.dumps({**metrics, "examples": len(rows)}, indent=1) + "\n")
-    with (out / "predictions.jsonl").open("w", encoding="utf-8") as file:
-        for row in rows:
-            plain = {name: value for name, value in row.items() if not isinstance(value, Tensor)}
-            file.write(json.dumps(plain, ensure_ascii=False) + "\n")
-    return metrics
-
-
-def _check_options(checkpoint: str, task: str | None, train: Path | None, changes_model: bool) -> None:
-    """Refuse options that the task would not look at."""
-    yardsticks = ", ".join(YARDSTICKS)
-    if task in YARDSTICKS:
-        require(train is not None, f"{task} learns from pictures of its own: name their index file with --train")
-        require(
-            not changes_model, f"{task} measures a tower as it is: leave --image-size, --tokenizer and --labels out"
-        )
-        return
-    require(train is None, f"--train is for yardsticks: name one with --task ({yardsticks})")
-    if checkpoint.startswith(TIMM):
-        raise ConfigError(f"{checkpoint} is an image tower alone: name a yardstick with --task ({yardsticks})")
+def _dual_encoder(model: AnyModel) -> RetrievalModel:
+    """A model that compares pictures with texts: by its heads, or by the class tokens of its backbone."""
+    if isinstance(model, SuperClassModel):
+        raise ConfigError("a superclass model reads no texts, so it is not evaluated as retrieval: use zero_shot")
+    require(model.part is None, f"a {model.part} tower alone is not evaluated as retrieval: give the whole model")
+    if isinstance(model, RetrievalModel):
+        return model
+    return _with_class_tokens(model if isinstance(model, MultiwayTransformer) else model.backbone)
 
 
 def _with_class_tokens(backbone: MultiwayTransformer) -> RetrievalModel:
@@ -216,11 +241,94 @@ def _with_class_tokens(backbone: MultiwayTransformer) -> RetrievalModel:
     return model
 
 
-def _show(metrics: dict[str, float], checkpoint: str, data: Path) -> None:
-    table = Table("metric", "x 100", title=f"{Path(checkpoint).name} on {data.name}")
-    for name, value in metrics.items():
-        table.add_row(name, f"{100 * value:.2f}")
-    Console().print(table)
+def _check_answers(predictor: Predictor, data: Path) -> None:
+    """Refuse an index whose labels number other answers than the model does."""
+    beside, names = labels_beside(data), predictor.labels
+    if beside is None:
+        return
+    known = read_labels(beside)
+    outputs = num_outputs(predictor.model)
+    fits = len(known) == outputs if names is None else known == names
+    require(
+        fits,
+        f"{data} numbers the {len(known):,} answers of {beside}, the model has {outputs:,} others: evaluate on an "
+        "index made with the model's answers, or name these with --labels if they are the model's",
+    )
+
+
+def _predict_all(
+    task: FinetuneTask[Any, Any], examples: BatchedExamples[Any, Any], asked: Evaluation, ranks: Ranks
+) -> None:
+    """Predict this rank's share of the examples, a file a batch; batches that are there already are left alone."""
+    batches = evaluation_batches(
+        examples,
+        examples.collate,
+        batch_size=asked.batch_size,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        num_workers=asked.workers,
+    )
+    with torch.inference_mode():
+        make_parts(
+            batches,
+            lambda batch: task.predict(task.move(batch, ranks.device)),
+            asked.out / _PARTS,
+            ranks,
+            f"evaluating {asked.data.name}",
+        )
+
+
+def _finish(task: FinetuneTask[Any, Any], left_out: dict[str, float], out: Path) -> dict[str, float]:
+    """Measure what all ranks predicted, and write metrics, predictions, and what a test server takes."""
+    rows: Predictions = [row for part in read_parts(out / _PARTS) for row in part]
+    metrics = task.measure(rows) | left_out
+    _write(out / _METRICS, metrics | {"examples": len(rows)})
+    with (out / _PREDICTIONS).open("w", encoding="utf-8") as file:
+        for row in task.readable(rows):
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    fields = _SUBMITTED.get(task.kind.task or "", ())
+    if fields and not (isinstance(task, VQA) and task.labels is None):
+        _write(out / _SUBMISSION, [{name: row[name] for name in fields} for row in rows])
+    return metrics
+
+
+def _write(place: Path, values: object) -> None:
+    place.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+
+
+def _check_options(asked: Evaluation) -> None:
+    """Refuse options that the task would not look at."""
+    yardsticks = ", ".join(YARDSTICKS)
+    if asked.task in YARDSTICKS:
+        require(
+            asked.train is not None, f"{asked.task} learns from pictures of its own: name their index file with --train"
+        )
+        require(
+            not any((asked.image_size, asked.tokenizer, asked.labels)),
+            f"{asked.task} measures a tower as it is: leave --image-size, --tokenizer and --labels out",
+        )
+        return
+    require(asked.train is None, f"--train is for yardsticks: name one with --task ({yardsticks})")
+    if asked.checkpoint.startswith(TIMM):
+        raise ConfigError(f"{asked.checkpoint} is an image tower alone: name a yardstick with --task ({yardsticks})")
+    if asked.task == "zero_shot":
+        require(asked.labels is not None, "zero_shot tells classes by their names: name their file with --labels")
+        require(
+            not any((asked.image_size, asked.tokenizer)),
+            "zero_shot measures a model as it is: leave --image-size and --tokenizer out",
+        )
+
+
+def _show(metrics: Mapping[str, float], asked: Evaluation) -> None:
+    """Print the table, or where the answers are if the index does not tell which are right."""
+    if metrics:
+        table = Table("metric", "x 100", title=f"{Path(asked.checkpoint).name} on {asked.data.name}")
+        for name, value in metrics.items():
+            table.add_row(name, f"{100 * value:.2f}")
+        Console().print(table)
+    if all(name.startswith(LEFT_OUT) for name in metrics):
+        place = next(asked.out / name for name in (_SUBMISSION, _PREDICTIONS) if (asked.out / name).is_file())
+        print(f"{asked.data.name} does not say what is right: what the model says is in {place}")
 
 
 _TASKS: dict[str, tuple[Any, Any]] = {

@@ -60,7 +60,7 @@ def measure_tower(
         overwrite: begin anew.
 
     Returns:
-        Shares in 0..1 by name, on rank 0; nothing elsewhere.
+        Shares in 0..1 by name, those of rows left out among them, on rank 0; nothing elsewhere.
 
     Raises:
         DataMissingError: the tower or an index does not exist.
@@ -69,17 +69,19 @@ def measure_tower(
     require(shots >= 1, f"shots must be at least 1, not {shots}")
     tower = load_image_tower(source, pooling=pooling)
     view: View = tower.preprocess if central_crop is None else CentralCrop(tower.preprocess, central_crop)
+    pictures = {name: LabelledPictures(index, view) for name, index in indexes.items()}
     if ranks.is_main:
         settings = {**tower.describe(), "weights": _fingerprint(tower), "central_crop": central_crop}
         claim_folder(out, settings | {name: str(path) for name, path in indexes.items()}, overwrite)
     ranks.barrier()
     tower.to(ranks.device)
-    for name, index in indexes.items():
-        keep_features(tower, LabelledPictures(index, view), out / f"{name}.safetensors", batch_size, workers, ranks)
+    for name in indexes:
+        keep_features(tower, pictures[name], out / f"{name}.safetensors", batch_size, workers, ranks)
     if not ranks.is_main:
         return {}
     train, test = (load_file(out / f"{name}.safetensors") for name in ("train", "test"))
-    metrics = _measure(yardstick, train, test, shots, ranks.device)
+    metrics = _measure(yardstick, train, test, shots, ranks.device) | pictures["test"].left_out()
+    metrics |= {f"train_{name}": value for name, value in pictures["train"].left_out().items()}
     counts = {"train_examples": len(train["labels"]), "examples": len(test["labels"])}
     _write(out / "metrics.json", metrics | counts | ({"shots": shots} if yardstick == "few_shot" else {}))
     return metrics

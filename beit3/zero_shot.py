@@ -89,7 +89,7 @@ def measure_zero_shot(
     if not ranks.is_main:
         return {}
     metrics = topk_accuracy(torch.cat(list(read_parts(out / _PARTS))))
-    metrics = {f"zero_shot_{name}": value for name, value in metrics.items()}
+    metrics = {f"zero_shot_{name}": value for name, value in metrics.items()} | pictures.left_out()
     (out / "metrics.json").write_text(json.dumps({**metrics, "examples": len(pictures)}, indent=1) + "\n")
     return metrics
 

@@ -33,6 +33,8 @@ from beit3.tokenizer.text import TextTokenizer
 Text = str | tuple[int, ...]
 """A cleaned text, or its token ids without `<s>` and `</s>`."""
 
+LEFT_OUT = "left_out"
+"""Begins the names of the shares of rows that a figure leaves out."""
 _EXAMPLES = 3
 """Places that are named for each reason of leaving rows out."""
 
@@ -364,6 +366,11 @@ class Index(Sequence[R], Generic[R]):
         start = self._ends[number - 1] if number else 0
         line = self._lines[start : self._ends[number]]
         return self._kind.parse(Fields(json.loads(line), self._folders[self._files[number]]))
+
+    def left_out(self) -> dict[str, float]:
+        """Share of all rows that was left out, as `left_out/REASON`: what stands beside a figure over the others."""
+        total = len(self) + self.skipped.total()
+        return {f"{LEFT_OUT}/{reason}": count / total for reason, count in sorted(self.skipped.items())}
 
     def report(self) -> str:
         """Say in one line how many rows there are and what was left out."""

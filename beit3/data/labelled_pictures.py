@@ -55,6 +55,10 @@ class LabelledPictures:
     def __len__(self) -> int:
         return len(self._index)
 
+    def left_out(self) -> dict[str, float]:
+        """Share of the rows that cannot be used, by reason."""
+        return self._index.left_out()
+
     def load(self, index: int) -> tuple[Tensor, int]:
         """Read and prepare one picture."""
         row = self._index[index]

@@ -86,18 +86,18 @@ class _Captions:
         max_length: int,
         mask_probability: float,
     ) -> None:
-        self._index = index
+        self.index = index
         self._view = view
         self._tokenizer = tokenizer
         self._max_length = max_length
         self._mask_probability = mask_probability
 
     def __len__(self) -> int:
-        return len(self._index)
+        return len(self.index)
 
     def load(self, index: int) -> _Example:
         """Read and prepare one example."""
-        row = self._index[index]
+        row = self.index[index]
         ids = encode_text(row.text, self._tokenizer, self._max_length)
         seen, hidden = hide_words(ids, self._mask_probability, self._tokenizer.mask_id)
         return _Example(self._view(read_picture(row.image_path)), seen, hidden)
@@ -117,15 +117,15 @@ class _Pictures:
     """Pictures to caption."""
 
     def __init__(self, index: Index[CaptioningRow], view: Callable[[Image.Image], Tensor]) -> None:
-        self._index = index
+        self.index = index
         self._view = view
 
     def __len__(self) -> int:
-        return len(self._index)
+        return len(self.index)
 
     def load(self, index: int) -> tuple[Tensor, CaptioningRow]:
         """Read and prepare one example."""
-        row = self._index[index]
+        row = self.index[index]
         return self._view(read_picture(row.image_path)), row
 
     def collate(self, examples: list[tuple[Tensor, CaptioningRow]]) -> CaptionBatch:
@@ -192,7 +192,8 @@ class Captioning(TextFinetuneTask[CaptioningConfig, CaptionBatch]):
         )
         captions = [self.text_tokenizer.decode(word for word in words if word != PAD) for words in found.ids.tolist()]
         return [
-            {"image_id": row.image_id, "caption": caption, "references": list(row.captions)}
+            {"image_id": row.image_id, "caption": caption}
+            | ({"references": list(row.captions)} if row.captions else {})
             for row, caption in zip(batch.rows, captions, strict=True)
         ]
 
@@ -201,7 +202,7 @@ class Captioning(TextFinetuneTask[CaptioningConfig, CaptionBatch]):
 
         Where that is not all of them, `judged` is their share.
         """
-        judged = [row for row in predictions if row["references"]]
+        judged = [row for row in predictions if row.get("references")]
         if not judged:
             return {}
         scores = caption_scores([row["caption"] for row in judged], [row["references"] for row in judged])

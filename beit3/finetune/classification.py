@@ -78,15 +78,15 @@ class _Example:
 
 class _Examples:
     def __init__(self, index: Index[ClassificationRow], view: Callable[[Image.Image], Tensor]) -> None:
-        self._index = index
+        self.index = index
         self._view = view
 
     def __len__(self) -> int:
-        return len(self._index)
+        return len(self.index)
 
     def load(self, index: int) -> _Example:
         """Read and prepare one example."""
-        row = self._index[index]
+        row = self.index[index]
         return _Example(self._view(read_picture(row.image_path)), row.label)
 
     def collate(self, examples: list[_Example]) -> ClassificationBatch:

@@ -19,6 +19,7 @@ from torch import Tensor
 from beit3.config import Run, TaskConfig, config, require
 from beit3.data.augment import MultimodalView, MultimodalViewConfig
 from beit3.data.example_loader import ExampleLoader, Examples, evaluation_batches
+from beit3.data.index_files import Index
 from beit3.data.labels import labels_file
 from beit3.data.preprocess import Preprocess
 from beit3.errors import ConfigError
@@ -119,8 +120,22 @@ C = TypeVar("C", bound=FinetuneConfig)
 class BatchedExamples(Examples[T], Protocol[T, B_co]):
     """Examples that know how they lie side by side. Data processes hold them, so no model is within."""
 
+    index: Index[Any]
+    """The rows that they are made of."""
+
     def collate(self, examples: list[T]) -> B_co:
         """Make a batch."""
+
+
+class _HeldOut:
+    """What a run evaluates on. The moving average of a Task is a copy of the Task, and shares it."""
+
+    def __init__(self) -> None:
+        self.path: Path | None = None
+        self.examples: BatchedExamples[Any, Any] | None = None
+
+    def __deepcopy__(self, memo: object) -> Self:
+        return self
 
 
 class FinetuneTask(Task[B], ABC, Generic[C, B]):
@@ -141,7 +156,7 @@ class FinetuneTask(Task[B], ABC, Generic[C, B]):
         self.model: Any
         self.model = build_model(config.model, self.kind.task, **options) if model is None else model
         self.labels = labels
-        self._held_out: tuple[Path, BatchedExamples[Any, B]] | None = None
+        self._held_out = _HeldOut()
         self.preprocess = config.preprocess or Preprocess.of_task(config.model, self.kind.task)
         if model is None and config.init_from is not None:
             fill_model(self.model, config.init_from)
@@ -190,13 +205,20 @@ class FinetuneTask(Task[B], ABC, Generic[C, B]):
 
     def _examples_to_evaluate(self, path: Path) -> BatchedExamples[Any, B]:
         """Examples of an index file, which is read once."""
-        if self._held_out is None or self._held_out[0] != path:
-            self._held_out = path, self.examples([path], training=False)
-        return self._held_out[1]
+        held_out = self._held_out
+        if held_out.examples is None or held_out.path != path:
+            held_out.path, held_out.examples = path, self.examples([path], training=False)
+        return held_out.examples
 
     def evaluate(self, loader: Iterable[B]) -> dict[str, float]:
-        """Metrics of all batches."""
-        return self.measure([row for batch in loader for row in self.predict(batch)])
+        """Metrics of all batches, and the share of the rows that `eval_loader` left out."""
+        metrics = self.measure([row for batch in loader for row in self.predict(batch)])
+        held_out = self._held_out.examples
+        return metrics if held_out is None else metrics | held_out.index.left_out()
+
+    def readable(self, predictions: Predictions) -> Iterable[dict[str, Any]]:
+        """The predictions of a whole set as they are written down: rows of plain values."""
+        return predictions
 
     def pixels(self, batch: Batch) -> Tensor:
         """The pictures as the model takes them, float32."""

@@ -108,6 +108,7 @@ class LinearProbe(Task[LabelledBatch]):
         self.config = config
         tower = load_image_tower(config.tower, pooling=config.pooling, pretrained=config.pretrained)
         self.keep_frozen(tower)
+        self._left_out: dict[str, float] = {}
         self.norm = FeatureNorm(tower.width)
         self.head = nn.Linear(tower.width, config.num_classes)
         nn.init.trunc_normal_(self.head.weight, std=0.01)
@@ -143,6 +144,7 @@ class LinearProbe(Task[LabelledBatch]):
             return None
         view = CentralCrop(self.tower.preprocess, self.config.central_crop)
         pictures = LabelledPictures(run.data / self.config.eval, view, self.config.num_classes)
+        self._left_out = pictures.left_out()
         return evaluation_batches(
             pictures,
             pictures.collate,
@@ -163,8 +165,9 @@ class LinearProbe(Task[LabelledBatch]):
         return {"loss": loss, "accuracy": (logits.argmax(1) == batch.labels).float().mean()}
 
     def evaluate(self, loader: Iterable[LabelledBatch]) -> dict[str, float]:
-        """Accuracy of the first and of the first five guesses."""
-        return topk_accuracy(torch.cat([class_ranks(self.logits(batch), batch.labels).cpu() for batch in loader]))
+        """Accuracy of the first and of the first five guesses, and the share of rows that `eval_loader` left out."""
+        ranks = [class_ranks(self.logits(batch), batch.labels).cpu() for batch in loader]
+        return topk_accuracy(torch.cat(ranks)) | self._left_out
 
     def work(self, batch: LabelledBatch) -> Work:
         """Images and useful operations of a step: the tower runs forward only."""

@@ -56,17 +56,17 @@ class _Examples:
         tokenizer: TextTokenizer,
         max_length: int,
     ) -> None:
-        self._index = index
+        self.index = index
         self._view = view
         self._tokenizer = tokenizer
         self._max_length = max_length
 
     def __len__(self) -> int:
-        return len(self._index)
+        return len(self.index)
 
     def load(self, index: int) -> _Example:
         """Read and prepare one example."""
-        row = self._index[index]
+        row = self.index[index]
         images = [self._view(read_picture(path)) for path in (row.image_path, row.image2_path)]
         return _Example(torch.stack(images), encode_text(row.text, self._tokenizer, self._max_length), row)
 

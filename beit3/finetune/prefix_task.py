@@ -111,17 +111,17 @@ class SpokenExamples(Generic[R]):
     def __init__(
         self, index: Index[R], preprocess: Preprocess, conversation: Conversation, say: Callable[[R], Said]
     ) -> None:
-        self._index = index
+        self.index = index
         self._preprocess = preprocess
         self._conversation = conversation
         self._say = say
 
     def __len__(self) -> int:
-        return len(self._index)
+        return len(self.index)
 
     def load(self, index: int) -> _Example:
         """Read and prepare one example."""
-        row = self._index[index]
+        row = self.index[index]
         question, answer = self._say(row)
         if answer is None:
             ids = self._conversation.prompt(_spelled(question))
@@ -237,8 +237,9 @@ class PrefixTask(Task[PrefixBatch], Generic[C]):
         return {"loss": loss, "accuracy": accuracy}
 
     def evaluate(self, loader: Iterable[PrefixBatch]) -> dict[str, float]:
-        """Metrics of all batches."""
-        return self.measure([row for batch in loader for row in self.predict(batch)])
+        """Metrics of all batches, and the share of the rows that `eval_loader` left out."""
+        metrics = self.measure([row for batch in loader for row in self.predict(batch)])
+        return metrics if self._held_out is None else metrics | self._held_out.index.left_out()
 
     def write(self, batch: PrefixBatch) -> list[str]:
         """What the language model says behind each prompt."""

@@ -6,7 +6,7 @@ Shapes: B pairs of this rank, D width.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,11 @@ from beit3.model.heads import RetrievalModel
 from beit3.model.packing import Layout, PackedBatch, pack_texts
 from beit3.pretrain.contrastive_loss import contrastive_loss
 from beit3.tokenizer.text import TextTokenizer
+
+_NEAREST = 10
+"""Candidates of each query that are written down."""
+_ROWS = 1024
+"""Queries compared with all candidates at once."""
 
 
 @config
@@ -45,6 +50,8 @@ class RetrievalBatch(TextBatch):
     """(pictures,) int64"""
     texts_of: Tensor
     """(texts,) int64, the picture that each text belongs to"""
+    captions: tuple[str, ...]
+    """The texts to read, in evaluation; empty ones in training."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +60,8 @@ class _Example:
     image: Tensor | None
     ids: list[int]
     """Empty: a picture alone."""
+    caption: str = ""
+    """The text to read, in evaluation."""
 
 
 class _Pairs:
@@ -65,17 +74,17 @@ class _Pairs:
         tokenizer: TextTokenizer,
         max_length: int,
     ) -> None:
-        self._index = index
+        self.index = index
         self._view = view
         self._tokenizer = tokenizer
         self._max_length = max_length
 
     def __len__(self) -> int:
-        return len(self._index)
+        return len(self.index)
 
     def load(self, index: int) -> _Example:
         """Read and prepare one example."""
-        row = self._index[index]
+        row = self.index[index]
         return _Example(row.image_id, self._image(row), self._ids(row))
 
     def _image(self, row: RetrievalRow) -> Tensor:
@@ -96,6 +105,7 @@ class _Pairs:
             mask,
             torch.tensor([example.image_id for example in pictures], dtype=torch.int64),
             torch.tensor([example.image_id for example in texts], dtype=torch.int64),
+            tuple(example.caption for example in texts),
         )
 
 
@@ -105,20 +115,21 @@ class _Apart(_Pairs):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         first: dict[int, int] = {}
-        for number, row in enumerate(self._index):
+        for number, row in enumerate(self.index):
             first.setdefault(row.image_id, number)
         self._first = list(first.values())
 
     def __len__(self) -> int:
-        return len(self._first) + len(self._index)
+        return len(self._first) + len(self.index)
 
     def load(self, index: int) -> _Example:
         """Read and prepare one example."""
         if index < len(self._first):
-            row = self._index[self._first[index]]
+            row = self.index[self._first[index]]
             return _Example(row.image_id, self._image(row), [])
-        row = self._index[index - len(self._first)]
-        return _Example(row.image_id, None, self._ids(row))
+        row = self.index[index - len(self._first)]
+        caption = row.text if isinstance(row.text, str) else self._tokenizer.decode(row.text)
+        return _Example(row.image_id, None, self._ids(row), caption)
 
 
 class Retrieval(TextFinetuneTask[RetrievalConfig, RetrievalBatch]):
@@ -151,18 +162,23 @@ class Retrieval(TextFinetuneTask[RetrievalConfig, RetrievalBatch]):
     def predict(self, batch: RetrievalBatch) -> Predictions:
         """Vectors of pictures and of texts."""
         packed, order = self._pack(batch)
-        empty = torch.empty(0, self.config.model.width, device=batch.text_ids.device)
-        images, texts = self.model(packed) if len(batch.images) and len(batch.texts_of) else (empty, empty)
+        images = texts = torch.empty(0)
         if not len(batch.texts_of):
             images = self.model.encode_image(packed.images)
         elif not len(batch.images):
-            texts = self.model.encode_text(batch.text_ids, batch.text_mask)[order]
-        return [
+            texts = self.model.encode_text(batch.text_ids, batch.text_mask)
+        else:
+            images, texts = self.model(packed)
+            texts = texts[order.argsort()]
+        pictures: Predictions = [
             {"image_id": number, "image": vector}
             for number, vector in zip(batch.image_ids.tolist(), images.float().cpu(), strict=True)
-        ] + [
-            {"image_id": number, "text": vector}
-            for number, vector in zip(batch.texts_of[order].tolist(), texts.float().cpu(), strict=True)
+        ]
+        return pictures + [
+            {"image_id": number, "caption": caption, "text": vector}
+            for number, caption, vector in zip(
+                batch.texts_of.tolist(), batch.captions, texts.float().cpu(), strict=True
+            )
         ]
 
     def measure(self, predictions: Predictions) -> dict[str, float]:
@@ -174,11 +190,38 @@ class Retrieval(TextFinetuneTask[RetrievalConfig, RetrievalBatch]):
         metrics = {f"image_to_text_{name}": value for name, value in to_text.items()}
         return metrics | {f"text_to_image_{name}": value for name, value in to_image.items()}
 
+    def readable(self, predictions: Predictions) -> Iterator[dict[str, Any]]:
+        """What each picture finds, then what each text finds: wrong candidates before the right one, the ten nearest.
+
+        A rank is 0 where the right one comes first, and counted as for `measure`; scores are cosines.
+        """
+        images, owners = _column(predictions, "image")
+        texts, texts_of = _column(predictions, "text")
+        captions = [row["caption"] for row in predictions if "text" in row]
+        pictures, numbers = owners.tolist(), texts_of.tolist()
+        ranks = feature_ranks(images, owners, texts, texts_of).tolist()
+        for number, rank, found in zip(pictures, ranks, _nearest(images, texts), strict=True):
+            near = [{"image_id": numbers[at], "caption": captions[at], "score": score} for at, score in found]
+            yield {"image_id": number, "rank": rank, "texts": near}
+        ranks = feature_ranks(texts, texts_of, images, owners).tolist()
+        for number, caption, rank, found in zip(numbers, captions, ranks, _nearest(texts, images), strict=True):
+            near = [{"image_id": pictures[at], "score": score} for at, score in found]
+            yield {"image_id": number, "caption": caption, "rank": rank, "images": near}
+
     def _pack(self, batch: RetrievalBatch) -> tuple[PackedBatch, Tensor]:
         """Pictures and texts as separate sequences, texts shortest first, and the order of the texts."""
         ids, positions, lengths, order = pack_texts(batch.text_ids, batch.text_mask)
         images = self.pixels(batch) if len(batch.images) else None
         return PackedBatch(images=images, text_ids=ids, text_positions=positions, text_lengths=lengths), order
+
+
+def _nearest(queries: Tensor, candidates: Tensor) -> Iterator[list[tuple[int, float]]]:
+    """Place and score of the candidates nearest to each query, best first; a share of the queries at a time."""
+    count = min(_NEAREST, len(candidates))
+    for rows in queries.split(_ROWS):
+        scores, places = (rows @ candidates.T).topk(count)
+        for found, values in zip(places.tolist(), scores.tolist(), strict=True):
+            yield [(place, round(value, 4)) for place, value in zip(found, values, strict=True)]
 
 
 def _column(predictions: Predictions, name: str) -> tuple[Tensor, Tensor]:

@@ -71,18 +71,18 @@ class _Examples:
         max_length: int,
         num_answers: int,
     ) -> None:
-        self._index = index
+        self.index = index
         self._view = view
         self._tokenizer = tokenizer
         self._max_length = max_length
         self._num_answers = num_answers
 
     def __len__(self) -> int:
-        return len(self._index)
+        return len(self.index)
 
     def load(self, index: int) -> _Example:
         """Read and prepare one example."""
-        row = self._index[index]
+        row = self.index[index]
         ids = encode_text(row.text, self._tokenizer, self._max_length)
         return _Example(self._view(read_picture(row.image_path)), ids, row)
 
@@ -135,27 +135,27 @@ class VQA(TextFinetuneTask[VQAConfig, VQABatch]):
         return {"loss": loss, "score": score}
 
     def predict(self, batch: VQABatch) -> Predictions:
-        """The likeliest answer, the soft score it gets, and what people said."""
+        """The likeliest answer; the soft score it gets, and what people said, where either is known."""
         best = self.model(self.pixels(batch), batch.text_ids, batch.text_mask).float().argmax(1)
         scores = batch.targets.gather(1, best[:, None])[:, 0]
-        return [
-            {
-                "question_id": row.qid,
-                "answer": self.answers[number],
-                "score": score,
-                "answers": list(row.answers),
-                "answer_type": row.answer_type,
-                "known": bool(row.labels),
-            }
-            for row, number, score in zip(batch.rows, best.tolist(), scores.tolist(), strict=True)
-        ]
+        rows: Predictions = []
+        for row, number, score in zip(batch.rows, best.tolist(), scores.tolist(), strict=True):
+            rows.append({"question_id": row.qid, "answer": self.answers[number]})
+            if row.labels:
+                rows[-1]["score"] = score
+            if row.answers:
+                rows[-1] |= {"answers": list(row.answers), "answer_type": row.answer_type}
+        return rows
 
     def measure(self, predictions: Predictions) -> dict[str, float]:
-        """Mean soft score; and the consensus accuracy, by type of answer too, where what people answered is known."""
+        """Mean soft score; and the consensus accuracy, by type of answer too, where what people answered is known.
+
+        A question none of whose answers is in the vocabulary scores 0. Answers without names have no accuracy.
+        """
         metrics: dict[str, float] = {}
-        if any(row["known"] for row in predictions):
-            metrics["score"] = fmean(row["score"] for row in predictions)
-        judged = [row for row in predictions if row["answers"]]
+        if any("score" in row for row in predictions):
+            metrics["score"] = fmean(row.get("score", 0.0) for row in predictions)
+        judged = [row for row in predictions if "answers" in row and self.labels is not None]
         if judged:
             types = [row["answer_type"] for row in judged]
             accuracy = vqa_accuracy([row["answer"] for row in judged], [row["answers"] for row in judged], types)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,9 @@ from torch import Tensor
 
 from beit3.cli import run_command
 from beit3.config import Run
+from beit3.finetune.linear_probe import load_linear_probe
+from beit3.finetune.picture_reader import load_picture_reader
+from beit3.model.exchange import read_settings
 from beit3.model.store import load_model
 from beit3.predict import load
 from beit3.recipes import list_recipes, load_recipe
@@ -54,6 +58,14 @@ def test_the_debug_variant_trains(name: str, place: Path, monkeypatch: pytest.Mo
     export = place / run.folder / "export"
     if name.startswith("tokenizers/"):
         assert VQKD.load(export).tokenize(torch.rand(1, 3, *VQKD.load(export).config.image_size)).numel() > 0
+    elif (kind := read_settings(export)["kind"]) == "picture_reader":
+        reader = load_picture_reader(export)
+        questions = ["what is it?"] if reader.conversation.asks else None
+        (text,) = reader.write([place / "data/drawings/00.png"], questions)
+        assert isinstance(text, str)
+    elif kind == "linear_probe":
+        probe: Any = load_linear_probe(export)
+        assert probe(torch.rand(1, 3, *probe[0].preprocess.image_size)).isfinite().all()
     else:
         assert load_model(export).model_config == load(export, device="cpu").model.model_config
 

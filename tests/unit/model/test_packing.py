@@ -69,7 +69,7 @@ def test_joining_refuses_pairs_after_lone_sequences_and_half_masked_batches(ragg
     mixed = concat([pairs, images])
     assert concat([mixed, images]).num_pairs == 1
     for batches in ([images, pairs], [mixed, pairs]):
-        with pytest.raises(ValueError, match="behind all pairs|pairs first"):
+        with pytest.raises(ValueError, match="pairs first"):
             concat(batches)
     with pytest.raises(ValueError, match="image_mask or none"):
         concat([images, PackedBatch(images=images.images)])

@@ -186,7 +186,13 @@ def test_evaluation_gives_words_recall_and_the_probe(build: Build, workspace: Wo
     assert loader is not None
     with torch.no_grad():
         metrics = task.evaluate(loader)
-    assert {"word_precision_1", "image_to_text_r1", "text_to_image_r10", "probe/few_shot", "probe/knn"} <= metrics.keys()
+    assert {
+        "word_precision_1",
+        "image_to_text_r1",
+        "text_to_image_r10",
+        "probe/few_shot",
+        "probe/knn",
+    } <= metrics.keys()
     assert all(0 <= value <= 1 for value in metrics.values())
 
 
