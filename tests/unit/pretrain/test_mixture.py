@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,7 +31,7 @@ Build = Callable[..., Mixture]
 
 @pytest.fixture
 def build(mdm_config: MaskedDataModelingConfig) -> Build:
-    fields = {name: getattr(mdm_config, name) for name in mdm_config.__slots__}
+    fields = {field.name: getattr(mdm_config, field.name) for field in dataclasses.fields(mdm_config)}
 
     def made(**changes: object) -> Mixture:
         config = replace(MixtureConfig(**fields), **{"objective.contrastive": 1.0, **changes})
