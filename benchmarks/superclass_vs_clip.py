@@ -7,8 +7,8 @@ Arms see the same images and captions, have the same tower, AdamW and autocast, 
 `clip` and `siglip` are ours (logits in chunks, no padding), `superclass` is the sparse loss; `clip-matrix` and
 `superclass-dense` form what the released codes form: all logits at once, and (B, V) targets.
 
-On a CPU memory is counted, not measured: the step runs on fake tensors under torch's MemTracker, which adds up every
-tensor that lives. On CUDA it is `max_memory_allocated`.
+Memory is counted: the step runs on fake tensors under torch's MemTracker, which adds up every tensor that lives, so
+that any batch can be tried anywhere. On CUDA the peak of `--batch` is measured as well (`max_memory_allocated`).
 
 Shapes: B images and captions, V = 49,408 words, E width of the joint space.
 """
@@ -18,8 +18,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -82,24 +81,48 @@ class Arm:
                 kind: ContrastiveLoss = "siglip" if name == "siglip" else "clip"
                 self.model = ClipModel(config, **TEXT_TOWERS[size].options, loss=kind)
         _materialise(self.model, device)
-        self.criterion = SubwordLoss(WORDS).to(device).eval()
+        self.criterion = SubwordLoss(WORDS).to(device)
+        self.criterion.num_documents += 10**6  # of words that no caption held so far
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6, foreach=True)
 
-    def step(self, batch: Batch, plain: bool = False) -> None:
-        """One training step; `plain` puts the mean of the tower's outputs in place of the loss."""
+    def step(self, batch: Batch) -> None:
+        """One training step."""
+        if self.name.startswith("superclass"):
+            self.criterion.count([batch.words])
         with torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32):
-            loss = self.plain_loss(batch) if plain else self.loss(batch)
+            loss = self.loss(self.encode(batch), batch)
         torch.autograd.backward(loss)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def loss(self, batch: Batch) -> Tensor:
+    def outputs(self, batch: Batch) -> list[Tensor]:
+        """Outputs of the towers as if they were given."""
+        with torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32), torch.no_grad():
+            return [state.detach().requires_grad_() for state in self.encode(batch)]
+
+    def finish(self, states: Sequence[Tensor], batch: Batch) -> None:
+        """Head and objective alone, forward and backward, on given outputs of the towers."""
+        with torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32):
+            loss = self.loss(states, batch)
+        torch.autograd.backward(loss)
+        self.optimizer.zero_grad()
+
+    def encode(self, batch: Batch) -> Sequence[Tensor]:
+        """Outputs of the tower, or of both."""
+        if isinstance(self.model, SuperClassModel):
+            return [self.model.backbone(batch.images).vision]
+        return self.embed(batch)
+
+    def loss(self, states: Sequence[Tensor], batch: Batch) -> Tensor:
         """The objective."""
         model = self.model
         if isinstance(model, SuperClassModel):
-            logits = model(batch.images)
-            return self.criterion(logits, batch.words)["loss"] if self.name == "superclass" else _dense(logits, batch)
-        images, texts = self.embed(batch)
+            logits = model.word_head(states[0])
+            if self.name == "superclass":
+                found: Tensor = self.criterion(logits, batch.words)["loss"]
+                return found
+            return _dense(logits, batch, self.criterion.weights())
+        images, texts = states
         if self.name == "clip-matrix":
             scores = model.logit_scale.exp() * images.float() @ texts.float().T
             own = torch.arange(len(images), device=images.device)
@@ -107,14 +130,6 @@ class Arm:
         if self.name == "siglip":
             return sigmoid_loss(images, texts, None, model.logit_scale, model.logit_bias)["loss"]
         return contrastive_loss(images, texts, None, model.logit_scale)["loss"]
-
-    def plain_loss(self, batch: Batch) -> Tensor:
-        """Nothing but the towers."""
-        if isinstance(self.model, SuperClassModel):
-            mean: Tensor = self.model.backbone(batch.images).vision.float().mean()
-            return mean
-        images, texts = self.embed(batch)
-        return images.float().mean() + texts.float().mean()
 
     def embed(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Vectors (B, E) of images and texts."""
@@ -128,11 +143,11 @@ class Arm:
         return found
 
 
-def _dense(logits: Tensor, batch: Batch) -> Tensor:
+def _dense(logits: Tensor, batch: Batch, weights: Tensor) -> Tensor:
     """SuperClass's loss as released: (B, V) targets, weighted, normalised, against a full log-softmax."""
     targets = torch.zeros_like(logits, dtype=torch.float32)
     targets[batch.words.rows, batch.words.ids] = 1
-    targets = F.normalize(targets * torch.full((1, WORDS), 0.5, device=logits.device), p=1, dim=1)
+    targets = F.normalize(targets * weights, p=1, dim=1)
     return -(targets * logits.float().log_softmax(1)).sum(1).mean()
 
 
@@ -198,104 +213,108 @@ def _seconds(work: Callable[[], None], options: argparse.Namespace) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Peak of a training step in GiB."""
+    """GiB at the peak of a training step, and of its last part alone."""
 
     states: float
-    """Weights, gradients and moments at the peak."""
+    """Weights, gradients and moments that exist at the peak."""
     activations: float
-    """What the towers keep and what is in work."""
+    """All else: what the towers keep, and what is in work."""
     loss: float
-    """What the head and the objective add."""
+    """Head and objective, forward and backward, on given outputs of the towers: not part of the sum, for the peak may
+    lie elsewhere."""
 
     @property
     def total(self) -> float:
-        """All of it."""
-        return self.states + self.activations + self.loss
+        """States and activations."""
+        return self.states + self.activations
 
 
-def memory_of(name: str, size: str, count: int, checkpointing: bool, options: argparse.Namespace) -> Memory:
-    """Peak of one step of an arm, split by a second step without its loss."""
-    (_, plain_rest), (states, rest) = (
-        peak_of(name, size, count, checkpointing, options, plain=plain) for plain in (True, False)
-    )
-    activations = min(plain_rest, rest)
-    return Memory(states, activations, rest - activations)
+def count_memory(name: str, size: str, count: int, checkpointing: bool, options: argparse.Namespace) -> Memory:
+    """Add up the tensors of an arm's second step, on fake tensors."""
+    with FakeTensorMode():
+        arm = Arm(name, size, checkpointing, "cpu", options.type)
+        batch = make_batch(count, options.context, "cpu")
+        arm.step(batch)
+        kinds = _peak(arm, partial(arm.step, batch))
+        states = sum(kinds[kind] for kind in ("Parameter", "Buffer", "Gradient", "Optstate"))
+        head = _peak(arm, partial(arm.finish, arm.outputs(batch), batch))
+        return Memory(states, kinds["Total"] - states, head["Total"] - sum(head[k] for k in ("Parameter", "Optstate")))
 
 
-def peak_of(
-    name: str, size: str, count: int, checkpointing: bool, options: argparse.Namespace, plain: bool = False
-) -> tuple[float, float]:
-    """GiB of states and of all else at the peak of an arm's second step."""
-    mode: AbstractContextManager[Any] = nullcontext() if options.device == "cuda" else FakeTensorMode()
-    with mode:
-        arm = Arm(name, size, checkpointing, options.device, options.type)
-        return _peak(arm, make_batch(count, options.context, options.device), plain)
-
-
-def _peak(arm: Arm, batch: Batch, plain: bool) -> tuple[float, float]:
-    arm.step(batch, plain)
-    states = sum(p.numel() * p.element_size() for p in arm.model.parameters()) / 2**30
-    if arm.device == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        arm.step(batch, plain)
-        return 4 * states, torch.cuda.max_memory_allocated() / 2**30 - 4 * states
+def _peak(arm: Arm, work: Callable[[], None]) -> dict[str, float]:
+    """GiB by kind of tensor while `work` runs."""
     tracker = MemTracker()
     tracker.track_external(arm.model, arm.optimizer)
     with tracker:
-        arm.step(batch, plain)
+        work()
     (peak,) = tracker.get_tracker_snapshot("peak").values()
-    kinds = {getattr(kind, "value", kind): size / 2**30 for kind, size in peak.items()}
-    held = sum(kinds[kind] for kind in ("Parameter", "Buffer", "Gradient", "Optstate"))
-    return held, kinds["Total"] - held
+    return {getattr(kind, "value", kind): size / 2**30 for kind, size in peak.items()}
+
+
+def _measured_peak(name: str, size: str, count: int, checkpointing: bool, options: argparse.Namespace) -> float:
+    """GiB that CUDA held at the peak of an arm's second step."""
+    arm = Arm(name, size, checkpointing, "cuda", options.type)
+    batch = make_batch(count, options.context, "cuda")
+    arm.step(batch)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    arm.step(batch)
+    return torch.cuda.max_memory_allocated() / 2**30
 
 
 def measure_memory(options: argparse.Namespace) -> None:
     """Peak of a step by parts, and the largest batch within the budget."""
     print(
-        f"| size | batch | recomputed | arm | states GiB | activations | loss | peak | of clip | expected | "
-        f"largest batch in {options.budget:g} GiB |"
+        "| size | batch | recomputed | arm | states GiB | activations | peak | of clip | expected | head and loss "
+        f"alone | largest batch in {options.budget:g} GiB |" + (" measured peak |" if options.device == "cuda" else "")
     )
-    print("|---" * 11 + "|")
+    print("|---" * (12 if options.device == "cuda" else 11) + "|")
     for size, count, checkpointing in _cases(options):
         first: float | None = None
         for name in options.arms:
-            found = memory_of(name, size, count, checkpointing, options)
+            found = count_memory(name, size, count, checkpointing, options)
             first = found.total if first is None else first
             largest = largest_batch(
                 partial(_total, name, size, checkpointing, options), options.budget, count, found.total
             )
             expected = EXPECTED[size][1] if name == "superclass" and not checkpointing else ""
-            print(
+            row = (
                 f"| {size} | {count} | {'yes' if checkpointing else 'no'} | {name} | {found.states:.2f} | "
-                f"{found.activations:.2f} | {found.loss:.2f} | {found.total:.2f} | {found.total / first - 1:+.0%} | "
-                f"{expected} | {largest:,} |",
-                flush=True,
+                f"{found.activations:.2f} | {found.total:.2f} | {found.total / first - 1:+.0%} | {expected} | "
+                f"{found.loss:.2f} | {largest:,} |"
             )
+            if options.device == "cuda":
+                row += f" {_measured_peak(name, size, count, checkpointing, options):.2f} |"
+            print(row, flush=True)
 
 
 def _total(name: str, size: str, checkpointing: bool, options: argparse.Namespace, count: int) -> float:
-    return sum(peak_of(name, size, count, checkpointing, options))
+    with FakeTensorMode():
+        arm = Arm(name, size, checkpointing, "cpu", options.type)
+        batch = make_batch(count, options.context, "cpu")
+        arm.step(batch)
+        return _peak(arm, partial(arm.step, batch))["Total"]
 
 
 def largest_batch(peak: Callable[[int], float], budget: float, count: int, known: float) -> int:
-    """The largest batch whose peak fits, to a hundredth; memory grows nearly in a straight line.
+    """The largest batch found to fit, to a hundredth; memory grows nearly in a straight line.
 
     Args:
-        peak: GiB of a batch.
+        peak: GiB of a batch; counted, so that no batch is too large to try.
         budget: GiB.
         count: a batch.
         known: its peak.
     """
-    low, high, peaks = count, 4 * count, {count: known, 4 * count: peak(4 * count)}
-    for _ in range(4):
+    peaks = {count: known, 4 * count: peak(4 * count)}
+    low, high = count, 4 * count
+    for _ in range(5):
         slope = (peaks[high] - peaks[low]) / (high - low)
-        guess = max(1, int(high + (budget - peaks[high]) / slope))
+        guess = max(1, int(high + (0.995 * budget - peaks[high]) / slope))
         if abs(guess - high) <= max(1, guess // 100):
-            return min(guess, high)
+            break
         low, high = high, guess
         peaks[high] = peak(high)
-    return min(low, high)
+    return max((tried for tried, size in peaks.items() if size <= budget), default=0)
 
 
 def _cases(options: argparse.Namespace) -> Iterator[tuple[str, int, bool]]:

@@ -79,7 +79,8 @@ class SubwordLoss(nn.Module):
         self.kind, self.idf = kind, idf
         self.register_buffer("document_frequency", torch.zeros(num_words, dtype=torch.int64))
         self.register_buffer("num_documents", torch.zeros((), dtype=torch.int64))
-        self._expected: float | None = None
+        self._expected: Tensor | None = None
+        """Captions with words of a batch of the step, on average over its batches and the ranks."""
 
     @torch.no_grad()
     def count(self, batches: Sequence[Words]) -> None:
@@ -88,16 +89,16 @@ class SubwordLoss(nn.Module):
             return
         added = torch.zeros(len(self.document_frequency) + 1, dtype=torch.int64, device=self.document_frequency.device)
         for words in batches:
-            ids = words.ids.to(added.device)
-            added[:-1] += ids.bincount(minlength=len(added) - 1)
-            added[-1] += int(words.rows.unique().numel())
+            ids, rows = words.ids.to(added.device), words.rows.to(added.device)
+            added[:-1].index_add_(0, ids, torch.ones_like(ids))
+            added[-1] += added.new_zeros(words.num_images).index_fill_(0, rows, 1).sum()
         ranks = 1
         if dist.is_initialized():
             ranks = dist.get_world_size()
             dist.all_reduce(added)
         self.document_frequency += added[:-1]
         self.num_documents += added[-1]
-        self._expected = max(1, int(added[-1])) / (len(batches) * ranks)
+        self._expected = added[-1].clamp_min(1) / (len(batches) * ranks)
 
     def weights(self) -> Tensor:
         """Weight of each subword (V,) float32: rare ones weigh more; 1 without IDF."""
