@@ -9,7 +9,8 @@ trained on DATA (`beit3 train tokenizers/vqkd_emoji.py:open_pictures`).
 Every arm trains the same tower (1.5M parameters, 48 pixels) at a constant learning rate, so that one run gives both
 readings: its last measurement is that at equal time, and the one where it has seen as many images as the slowest arm
 sees in that time is that at equal images. Time is processor time of one thread, so that neighbours disturb it little.
-Finished runs are kept.
+Finished runs are kept. What comes before is not counted: the visual tokenizer of `mdm`. Words of SuperClass are scored
+with the weights that each arm trained with.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from beit3.config import LoopConfig, OptimConfig, Run, TaskConfig, replace
@@ -46,8 +48,8 @@ ARMS = (
 COLUMNS = {
     "groups/few_shot": "10-shot, emoji groups",
     "stamps/few_shot": "10-shot, stamp categories",
-    "image_to_text_r1": "image to text R@1",
-    "text_to_image_r1": "text to image R@1",
+    "image_to_text_r10": "image to text R@10",
+    "text_to_image_r10": "text to image R@10",
 }
 PIECES = 4000
 MODEL = ModelConfig(
@@ -76,7 +78,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
     parser.add_argument("--batch", type=int, nargs="+", default=[64, 512])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--seconds", type=float, default=60.0, help="of training, in each run")
+    parser.add_argument("--seconds", type=float, default=120.0, help="of training, in each run")
     options = parser.parse_args()
     torch.set_num_threads(1)
     setattr(loop, "_now", time.process_time)  # noqa: B010 - the loop's clock, for this program alone
@@ -173,7 +175,7 @@ def train(arm: str, batch: int, seed: int, options: argparse.Namespace) -> None:
         name=name_of(arm, batch, seed),
         task=task_of(arm, batch, options),
         data=options.data,
-        out=options.out,
+        out=folder_of(options),
         seed=seed,
         device="cpu",
         precision="bf16",
@@ -192,6 +194,12 @@ def train(arm: str, batch: int, seed: int, options: argparse.Namespace) -> None:
         print(f"{run.name}: {json.loads((run.folder / 'metrics.json').read_text())}", flush=True)
 
 
+def folder_of(options: argparse.Namespace) -> Path:
+    """Where runs of one length lie."""
+    folder: Path = options.out / f"{options.seconds:g}-seconds"
+    return folder
+
+
 def name_of(arm: str, batch: int, seed: int) -> str:
     """A run's name."""
     return f"{arm.replace('+', '-')}-{batch}-{seed}"
@@ -199,7 +207,7 @@ def name_of(arm: str, batch: int, seed: int) -> str:
 
 def readings(arm: str, batch: int, seed: int, options: argparse.Namespace) -> list[dict[str, float]]:
     """Every evaluation of a run with the images and seconds until then."""
-    folder = options.out / name_of(arm, batch, seed)
+    folder = folder_of(options) / name_of(arm, batch, seed)
     seconds = {record["step"]: record["seconds"] for record in read_log(folder)}
     found = []
     for record in read_log(folder, "eval"):
@@ -216,17 +224,46 @@ def show(batch: int, options: argparse.Namespace) -> None:
     fewest = min(curve[-1]["images"] for runs in curves.values() for curve in runs)
     print(f"\nBatch {batch}, equal images: {fewest:,.0f}; equal time: {options.seconds:.0f} s\n")
     heads = [f"{name} {when}" for name in COLUMNS.values() for when in ("(images)", "(time)")]
-    print(f"| objective | images seen in the time | step ms | {' | '.join(heads)} |")
-    print("|---" * (3 + len(heads)) + "|")
+    print(f"| objective | images seen in the time | step ms | kept MiB | {' | '.join(heads)} |")
+    print("|---" * (4 + len(heads)) + "|")
     for arm, runs in curves.items():
         cells = []
         for column in COLUMNS:
-            equal = [min(curve, key=lambda reading: abs(reading["images"] - fewest)) for curve in runs]
-            last = [curve[-1] for curve in runs]
-            cells += [_spread([row.get(_named(arm, column)) for row in rows]) for rows in (equal, last)]
+            name = _named(arm, column)
+            equal = [_at(curve, name, fewest) for curve in runs]
+            cells += [_spread(values) for values in (equal, [curve[-1].get(name) for curve in runs])]
         seen = statistics.mean(curve[-1]["images"] for curve in runs)
         step = statistics.median(1000 * curve[-1]["seconds"] / curve[-1]["step"] for curve in runs)
-        print(f"| {arm} | {seen:,.0f} | {step:.0f} | {' | '.join(cells)} |")
+        kept = kept_for_backward(arm, batch, options) / 2**20
+        print(f"| {arm} | {seen:,.0f} | {step:.0f} | {kept:.0f} | {' | '.join(cells)} |", flush=True)
+
+
+def kept_for_backward(arm: str, batch: int, options: argparse.Namespace) -> float:
+    """Bytes that a forward pass keeps for the backward pass, weights and their casts left out."""
+    task = task_of(arm, batch, options).build()
+    run = Run(name="memory", task=task.config, data=options.data, out=options.out, device="cpu")
+    drawn = next(iter(task.train_loader(run, 0, 1)))
+    task.prepare_step([drawn])
+    weights = {tuple(parameter.shape) for parameter in task.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if not {tuple(tensor.shape), tuple(reversed(tensor.shape))} & weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+        loss = task(drawn)["loss"]
+    assert loss.requires_grad
+    return float(sum(kept.values()))
+
+
+def _at(curve: Sequence[Mapping[str, float]], name: str, images: float) -> float | None:
+    """A metric where a run had seen some number of images, on the line between its neighbouring readings."""
+    known = [reading for reading in curve if name in reading]
+    if not known:
+        return None
+    return float(np.interp(images, [row["images"] for row in known], [row[name] for row in known]))
 
 
 def _named(arm: str, column: str) -> str:

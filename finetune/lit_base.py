@@ -64,7 +64,8 @@ def large() -> Run:
 
 def long() -> Run:
     """Large on 1.28B pairs."""
-    return replace(large(), name="lit_large_long", **{"loop.steps": 78_125})
+    changes = {"task.tower": "runs/superclass_large_long/export", "loop.steps": 78_125}
+    return replace(large(), name="lit_large_long", **changes)
 
 
 def debug() -> Run:

@@ -4,7 +4,7 @@ Command:  beit3 train pretrain/mixture_emoji.py[:every] --data DATA [--task.obje
           (DATA: `beit3 prepare emoji --out DATA`)
 Needs:    runs/text_emoji and runs/vqkd_emoji (recipes in tokenizers/)
 Hardware: two CPU cores, a few minutes
-Expected: the table of benchmarks/README.md, `objectives.py`
+Expected: nothing published; benchmarks/README.md, `objectives.py`, compares such a mixture with its parts
 """
 
 from pathlib import Path

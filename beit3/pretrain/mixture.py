@@ -53,7 +53,10 @@ class ObjectiveWeights:
         for name in ("masked_data_modeling", "superclass", "contrastive"):
             weight = getattr(self, name)
             require(weight >= 0, f"objective.{name} must not be negative, not {weight}")
-        require(self.masked_data_modeling > 0, "objective.masked_data_modeling must be above 0: use the other's recipe")
+        require(
+            self.masked_data_modeling > 0,
+            "objective.masked_data_modeling must be above 0: mixtures stand on its batches",
+        )
 
 
 @config

@@ -100,6 +100,12 @@ class SubwordLoss(nn.Module):
         self.num_documents += added[-1]
         self._expected = added[-1].clamp_min(1) / (len(batches) * ranks)
 
+    def start_from(self, words: WordList) -> None:
+        """Go on from the counts of an earlier training, if it kept any."""
+        if self.idf and words.document_frequency:
+            self.document_frequency.copy_(torch.tensor(words.document_frequency))
+            self.num_documents.fill_(words.num_documents)
+
     def weights(self) -> Tensor:
         """Weight of each subword (V,) float32: rare ones weigh more; 1 without IDF."""
         if not self.idf:

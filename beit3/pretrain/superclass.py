@@ -26,12 +26,13 @@ from beit3.metrics.retrieval import recall_at_k
 from beit3.metrics.zero_shot import token_zero_shot
 from beit3.model.flops import forward_flops
 from beit3.model.heads import SuperClassModel
+from beit3.model.hub import local_path
 from beit3.model.packing import Layout
 from beit3.model.presets import ModelConfig
 from beit3.model.store import fill_model
 from beit3.pretrain.probe import ProbeConfig, Probes
 from beit3.pretrain.subword_loss import LossKind, SubwordLoss, Words, join_words
-from beit3.tokenizer.subwords import Subwords, load_subwords
+from beit3.tokenizer.subwords import Subwords, WordList, load_subwords
 from beit3.train.task import Loader, OneStream, Task, Work
 
 
@@ -110,6 +111,8 @@ class SuperClass(Task[WordsBatch]):
         self.model.backbone.freeze_unreached(images=True, texts=False, pairs=False)
         self.model.backbone.vision_embedding.mask_token.requires_grad_(False)  # nothing is hidden
         self.criterion = SubwordLoss(len(self.subwords), config.loss, config.idf)
+        if config.init_from is not None and (words := WordList.of_same(local_path(config.init_from), self.subwords)):
+            self.criterion.start_from(words)
         self._probes = Probes(config.probes, config.model.image_size)
 
     def train_loader(self, run: Run, rank: int, world_size: int) -> Loader[WordsBatch]:
@@ -184,7 +187,7 @@ def split_words(words: Words) -> list[tuple[int, ...]]:
 def word_metrics(logits: Tensor, captions: Sequence[tuple[int, ...]], weights: Tensor) -> dict[str, float]:
     """How well words are named, and captions found by their words alone.
 
-    Pictures whose captions hold no word of the vocabulary are left out.
+    Pictures whose captions hold no word of the vocabulary are left out; nothing where all are.
 
     Args:
         logits: (n, V) float.
@@ -197,8 +200,10 @@ def word_metrics(logits: Tensor, captions: Sequence[tuple[int, ...]], weights: T
         of its words (token zero-shot); captions of equal words are one.
     """
     kept = [place for place, caption in enumerate(captions) if caption]
+    if not kept:
+        return {}
     logits, captions = logits[kept], [captions[place] for place in kept]
-    best = logits.topk(5, dim=1).indices.tolist()
+    best = logits.topk(min(5, logits.shape[1]), dim=1).indices.tolist()
     found = [[word in caption for word in row] for row, caption in zip(best, captions, strict=True)]
     metrics = {f"word_precision_{k}": sum(sum(row[:k]) for row in found) / (k * len(found)) for k in (1, 5)}
     distinct = {caption: number for number, caption in enumerate(dict.fromkeys(captions))}

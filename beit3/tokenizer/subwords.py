@@ -7,6 +7,7 @@ words.
 from __future__ import annotations
 
 import gzip
+import html
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ _CLIP_WORDS = 49_408
 _CLIP_SPECIAL = ("<|startoftext|>", "<|endoftext|>")
 _CLIP_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 _WORD_MARK, _WORD_END, _GOES_ON = "\u2581", "</w>", "##"
+_WORD_MARKS = (_WORD_MARK, "\u0120")
+"""Of SentencePiece and of byte-level BPE."""
 
 
 class Subwords:
@@ -41,7 +44,7 @@ class Subwords:
     def __init__(self, tokenizer: TextTokenizer | Tokenizer, lower_case: bool = False) -> None:
         self.lower_case = lower_case
         self._tokenizer = tokenizer
-        self._marks_ends = False
+        self._marks_ends = self._marks_starts = False
         if isinstance(tokenizer, TextTokenizer):
             bare = {index for index in range(len(tokenizer)) if tokenizer.piece(index) == _WORD_MARK}
             self.special = frozenset({*range(UNK + 1), tokenizer.mask_id, *bare})
@@ -49,8 +52,11 @@ class Subwords:
             known = json.loads(tokenizer.to_str())
             unknown = tokenizer.token_to_id(known["model"].get("unk_token") or "")
             special = {token["id"] for token in known["added_tokens"] if token["special"]}
-            self.special = frozenset(special if unknown is None else {*special, unknown})
             self._marks_ends = known["model"].get("end_of_word_suffix") == _WORD_END
+            marks = () if self._marks_ends else _WORD_MARKS  # CLIP writes the byte of a space so, and never uses it
+            self._marks_starts = any(word.startswith(marks) for word in tokenizer.get_vocab()) if marks else False
+            nothing = (unknown, *(tokenizer.token_to_id(mark) for mark in marks))
+            self.special = frozenset(special | {index for index in nothing if index is not None})
 
     def __len__(self) -> int:
         if isinstance(self._tokenizer, TextTokenizer):
@@ -62,6 +68,7 @@ class Subwords:
         text = text[:MAX_CHARS].lower() if self.lower_case else text[:MAX_CHARS]
         if isinstance(self._tokenizer, TextTokenizer):
             return sorted(set(self._tokenizer.encode(text)) - self.special)
+        text = html.unescape(text)  # as CLIP's own code does: captions of the web hold "&amp;"
         return sorted(set(self._tokenizer.encode(text, add_special_tokens=False).ids) - self.special)
 
     def word(self, index: int) -> str:
@@ -70,6 +77,8 @@ class Subwords:
             piece = self._tokenizer.piece(index)
             return piece.removeprefix(_WORD_MARK) if piece.startswith(_WORD_MARK) else _GOES_ON + piece
         piece = str(self._tokenizer.id_to_token(index))
+        if self._marks_starts:
+            return piece[1:] if piece[:1] in _WORD_MARKS else _GOES_ON + piece
         if not self._marks_ends:
             return piece
         return piece.removesuffix(_WORD_END) if piece.endswith(_WORD_END) else piece + _GOES_ON
@@ -175,6 +184,16 @@ class WordList:
             "document_frequency": list(self.document_frequency),
         }
         return {**self.subwords.file(), WORDS_FILE: json.dumps(record).encode()}
+
+    @classmethod
+    def of_same(cls, folder: Path, subwords: Subwords) -> WordList | None:
+        """The list of an exchange folder if its vocabulary is this one; None of any other folder or file."""
+        ((name, content),) = subwords.file().items()
+        places = folder / WORDS_FILE, folder / name
+        if not all(place.is_file() for place in places) or places[1].read_bytes() != content:
+            return None
+        found = cls.read(folder, len(subwords))
+        return found if found.subwords.lower_case == subwords.lower_case else None
 
     @classmethod
     def read(cls, folder: Path, num_words: int) -> WordList:

@@ -163,6 +163,24 @@ def test_a_second_stage_starts_from_a_checkpoint_of_another_objective(
         assert torch.equal(task.model.backbone.state_dict()[name], value), name
 
 
+def test_a_later_stage_goes_on_with_the_counts_of_the_same_vocabulary(
+    build: Build, samples: list[Sample], tmp_path: Path
+) -> None:
+    first = build()
+    first.prepare_step([batch_of(first, samples[:6])])
+    first.save(tmp_path / "first")
+    later = build(init_from=tmp_path / "first", **{"pairs.batch_size": 2})
+    assert torch.equal(later.criterion.document_frequency, first.criterion.document_frequency)
+    assert later.criterion.num_documents.item() == 6
+    assert build(init_from=tmp_path / "first", idf=False).criterion.num_documents.item() == 0
+    assert build(init_from=tmp_path / "first", lower_case=True).criterion.num_documents.item() == 0
+
+
+def test_held_out_captions_without_a_known_word_have_no_metrics() -> None:
+    assert word_metrics(torch.randn(2, 3), [(), ()], torch.ones(3)) == {}
+    assert word_metrics(torch.randn(2, 3), [(1,), ()], torch.ones(3))["image_to_text_r1"] == 1
+
+
 def test_word_metrics_by_hand() -> None:
     logits = torch.tensor([[9.0, 5, 1, 0, 0, 0], [0, 1, 8, 7, 0, 0], [0, 0, 0, 0, 5, 9], [0, 9, 0, 0, 0, 0]])
     found = word_metrics(logits, [(0, 1), (2,), (5, 3), ()], torch.ones(6))

@@ -85,6 +85,16 @@ def test_any_tokenizer_json_serves(tmp_path: Path) -> None:
     assert pickle.loads(pickle.dumps(subwords)).encode("DOGS") == [1, 2]
 
 
+def test_bare_marks_of_words_are_none_in_any_vocabulary(tmp_path: Path) -> None:
+    words = ["\u2581", "\u2581dog", "s", "\u2581&", "d", "o", "g", "a", "m", "p", ";", "&"]
+    tokenizer = Tokenizer(models.Unigram([(word, -1.0) for word in words]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    subwords = load_subwords(tmp_path / "tokenizer.json")
+    assert [subwords.word(index) for index in subwords.encode("dogs &amp; dog")] == ["dog", "##s", "&"]
+    assert 0 in subwords.special
+
+
 def test_a_vocabulary_that_is_none_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(DataMissingError, match="does not exist"):
         load_subwords(tmp_path / "no.spm")
