@@ -22,9 +22,9 @@ $(READY): pyproject.toml setup.py
 	@$(PIP) --editable '.[quickstart,dev]'
 	@touch $@
 
-# What tests compare with, or are skipped without. --no-deps: its scorers need none of what it asks for.
+# What tests compare with, or are skipped without. --no-deps: they need none of what they ask for.
 $(PEERS): $(READY)
-	@$(PIP) --no-deps pycocoevalcap==1.2
+	@$(PIP) --no-deps pycocoevalcap==1.2 open_clip_torch==3.3.0 ftfy==6.3.1 wcwidth
 	@touch $@
 
 install: $(READY)
