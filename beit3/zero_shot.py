@@ -73,17 +73,22 @@ def measure_zero_shot(
 
     Raises:
         DataMissingError: the checkpoint, the index or the labels do not exist.
-        ConfigError: the model tells no classes apart by their names, or the folder holds something else.
+        ConfigError: the model tells no classes apart by their names, names are missing, or the folder holds something
+            else.
     """
     names = read_labels(labels)
     judge = zero_shot_judge(checkpoint, names, prompts, ranks.device)
+    pictures = LabelledPictures(index, judge.preprocess, num_classes=len(names))
+    require(
+        "left_out/label_out_of_range" not in pictures.left_out(),
+        f"{index} has labels from {len(names)} on, {labels} names {len(names)} classes: it belongs to another index",
+    )
     if ranks.is_main:
         places = {"checkpoint": checkpoint, "data": str(index), "labels": str(labels)}
         claim_folder(
             out, {**places, "prompts": prompts, "batch_size": batch_size, "ranks": ranks.world_size}, overwrite
         )
     ranks.barrier()
-    pictures = LabelledPictures(index, judge.preprocess, num_classes=len(names))
     _keep_ranks(judge, pictures, out / _PARTS, f"zero-shot on {index.name}", ranks, batch_size, workers)
     ranks.barrier()
     if not ranks.is_main:

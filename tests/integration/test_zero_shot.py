@@ -147,6 +147,14 @@ def test_models_that_know_no_names_are_refused(place: Path) -> None:
             zero_shot_judge(str(folder), NAMES, "plain", torch.device("cpu"))
 
 
+def test_names_of_too_few_classes_are_refused(place: Path) -> None:
+    (place / "two.json").write_text(json.dumps(NAMES[:2]))
+    index = place / "data" / "groups.test.jsonl"
+    with join_ranks("cpu") as ranks, pytest.raises(ConfigError, match="names 2 classes"):
+        measure_zero_shot(str(write("clip", place)), index, place / "two.json", place / "out", ranks, "plain")
+    assert not (place / "out").exists()
+
+
 def test_another_evaluation_is_not_overwritten(place: Path) -> None:
     folder = write("clip", place)
     measure(place, folder, "out", "plain")
