@@ -89,10 +89,12 @@ class _MultiwayTower(ImageTower):
         self._pooling = pooling
 
     def forward(self, images: Tensor) -> Tensor:
+        """Pooled features (B, D)."""
         states = self._states(images)
         return states[:, 0] if self._pooling == "class" else states[:, 1:].mean(1)
 
     def patches(self, images: Tensor) -> Tensor:
+        """States of the patches (B, N, D)."""
         return self._states(images)[:, 1:]
 
     def _states(self, images: Tensor) -> Tensor:
@@ -113,6 +115,7 @@ class _TimmTower(ImageTower):
         self._is_channels_last = getattr(net, "output_fmt", "NCHW") == "NHWC"
 
     def forward(self, images: Tensor) -> Tensor:
+        """Pooled features (B, D)."""
         if self._pooling == "mean":
             return self.patches(images).mean(1)
         states = self.net.forward_features(images)
@@ -120,6 +123,7 @@ class _TimmTower(ImageTower):
         return feature.float()
 
     def patches(self, images: Tensor) -> Tensor:
+        """States of the patches (B, N, D)."""
         states: Tensor = self.net.forward_features(images)
         if states.ndim == 4:
             states = states.flatten(1, 2) if self._is_channels_last else states.flatten(2).transpose(1, 2)

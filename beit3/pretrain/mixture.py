@@ -144,14 +144,16 @@ class Mixture(MaskedDataModeling):
 
     def encode_all(self, batch: MaskedBatch) -> tuple[PackedOutput, _Clean]:
         """Everything in one pass: the batch, and its pairs' pictures (and captions) clean and alone behind it."""
-        packed = self.with_clean(batch)
-        states = self.encode(packed)
-        pairs = batch.packed.num_pairs
-        texts = states.first_text_rows()[-pairs:] if self.dual is not None else None
-        return states, _Clean(states.image_rows()[-pairs:], texts)
+        states = self.encode(concat([batch.packed, self.clean_sequences(batch)]))
+        return states, self._read_clean(states, batch.packed.num_pairs)
 
-    def with_clean(self, batch: MaskedBatch) -> PackedBatch:
-        """The batch's sequences, then the pictures of its pairs unmasked, then, for `dual`, their captions in full."""
+    def _read_clean(self, states: PackedOutput, pairs: int) -> _Clean:
+        """The last sequences of a pass: pictures, and captions where the contrastive loss wants them."""
+        texts = states.first_text_rows()[-pairs:] if self.dual is not None else None
+        return _Clean(states.image_rows()[-pairs:], texts)
+
+    def clean_sequences(self, batch: MaskedBatch) -> PackedBatch:
+        """The pictures of the batch's pairs unmasked and alone, then, for `dual`, their captions in full and alone."""
         packed, pairs = batch.packed, batch.packed.num_pairs
         assert packed.images is not None
         assert packed.image_mask is not None
@@ -165,7 +167,7 @@ class Mixture(MaskedDataModeling):
                 text_positions=packed.text_positions[:tokens],
                 text_lengths=packed.text_lengths[:pairs],
             )
-        return concat([packed, clean])
+        return clean
 
     def embed(self, clean: _Clean) -> tuple[Tensor, Tensor]:
         """Unit vectors (P, D) of pictures and captions."""
@@ -219,7 +221,7 @@ class Mixture(MaskedDataModeling):
         words: list[tuple[int, ...]] = []
         labels: list[Tensor] = []
         for batch in batches:
-            clean = self.encode_all(batch)[1]
+            clean = self._read_clean(self.encode(self.clean_sequences(batch)), batch.packed.num_pairs)
             labels.append(caption_labels(batch))
             if self.word_head is not None:
                 logits.append(self.word_head(clean.images).float())

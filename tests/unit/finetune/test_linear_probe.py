@@ -21,9 +21,8 @@ from beit3.model.presets import ModelConfig
 from beit3.recipes import load_recipe
 from beit3.train.optim import build_optimizer
 
-ROOT = Path(__file__).parents[3]
 STATISTICS: dict[str, Any] = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
-RECIPES = ("linear_probe_base", "linear_probe_large", "linear_probe_emoji")
+RECIPES = ("linear_probe_base", "linear_probe_base:large", "linear_probe_emoji")
 
 
 @pytest.fixture
@@ -79,7 +78,7 @@ def mae_lars(parameters: list[Tensor], gradients: list[Tensor], state: dict[int,
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_recipes_take_the_steps_of_maes_lars(name: str, tower: Path) -> None:
-    run: Any = load_recipe(f"{ROOT / 'finetune' / name}.py")
+    run: Any = load_recipe(f"recipe:finetune/{name}")
     task = probe(tower)
     optimizer = build_optimizer(task, run.optim)
     expected, state = [parameter.detach().clone() for parameter in task.parameters()], dict[int, Tensor]()
@@ -93,9 +92,9 @@ def test_the_recipes_take_the_steps_of_maes_lars(name: str, tower: Path) -> None
         torch.testing.assert_close(parameter.detach(), wanted, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize(("name", "epochs"), [("linear_probe_base", 90), ("linear_probe_large", 50)])
+@pytest.mark.parametrize(("name", "epochs"), [("linear_probe_base", 90), ("linear_probe_base:large", 50)])
 def test_the_published_hyper_parameters(name: str, epochs: int) -> None:
-    run: Any = load_recipe(f"{ROOT / 'finetune' / name}.py")
+    run: Any = load_recipe(f"recipe:finetune/{name}")
     per_epoch = 1_281_167 // 16_384
     assert run.task.batch_size == 16_384
     assert run.optim.lr == pytest.approx(0.1 * 16_384 / 256)

@@ -21,6 +21,7 @@ from beit3.finetune.language_model import load_language_model, write_tiny_langua
 from beit3.finetune.picture_reader import load_picture_reader
 from beit3.finetune.prefix_captioning import PrefixCaptioningConfig
 from beit3.metrics.vqa_accuracy import consensus_accuracy
+from beit3.model.exchange import read_tensors
 from beit3.model.heads import build_model
 from beit3.model.prefix_language_model import ConnectorConfig
 from beit3.model.presets import ModelConfig
@@ -335,7 +336,10 @@ def test_a_place_spelled_otherwise_is_the_same_place(
 ) -> None:
     build("align").save(tmp_path / "first")
     monkeypatch.chdir(Path(tower).parent)
-    build("instruct", init_from=tmp_path / "first", tower="own")
+    started = build("instruct", init_from=tmp_path / "first", tower="own")
+    saved = read_tensors(tmp_path / "first")
+    for name, value in started.model.connector.state_dict().items():
+        assert torch.equal(value, saved[name]), name
 
 
 def damage(folder: Path, **changes: Any) -> None:
