@@ -30,8 +30,9 @@ from beit3.errors import ConfigError
 from beit3.evaluation_parts import claim_folder, make_parts, read_parts
 from beit3.finetune.captioning import Captioning, CaptioningConfig
 from beit3.finetune.classification import Classification, ClassificationConfig
-from beit3.finetune.common import BatchedExamples, FinetuneTask, Predictions
+from beit3.finetune.common import FinetuneTask, Predictions
 from beit3.finetune.image_tower import TIMM, Pooling
+from beit3.finetune.index_task import BatchedExamples
 from beit3.finetune.nlvr2 import NLVR2, NLVR2Config
 from beit3.finetune.retrieval import Retrieval, RetrievalConfig
 from beit3.finetune.vqa import VQA, VQAConfig

@@ -49,19 +49,19 @@ class LabelledPictures:
     """
 
     def __init__(self, paths: Path | Sequence[Path], view: View, num_classes: int | None = None) -> None:
-        self._index = read_index(paths, ClassificationRow, num_labels=num_classes)
+        self.index = read_index(paths, ClassificationRow, num_labels=num_classes)
         self._view = view
 
     def __len__(self) -> int:
-        return len(self._index)
+        return len(self.index)
 
     def left_out(self) -> dict[str, float]:
         """Share of the rows that cannot be used, by reason."""
-        return self._index.left_out()
+        return self.index.left_out()
 
     def load(self, index: int) -> tuple[Tensor, int]:
         """Read and prepare one picture."""
-        row = self._index[index]
+        row = self.index[index]
         return self._view(read_picture(row.image_path)), row.label
 
     def collate(self, examples: list[tuple[Tensor, int]]) -> LabelledBatch:

@@ -198,15 +198,20 @@ class Captioning(TextFinetuneTask[CaptioningConfig, CaptionBatch]):
         ]
 
     def measure(self, predictions: Predictions) -> dict[str, float]:
-        """CIDEr-D, BLEU and ROUGE-L over the pictures of which the index holds what people wrote.
+        """`measure_captions` of a whole set."""
+        return measure_captions(predictions)
 
-        Where that is not all of them, `judged` is their share.
-        """
-        judged = [row for row in predictions if row.get("references")]
-        if not judged:
-            return {}
-        scores = caption_scores([row["caption"] for row in judged], [row["references"] for row in judged])
-        return scores if len(judged) == len(predictions) else {**scores, "judged": len(judged) / len(predictions)}
+
+def measure_captions(predictions: Predictions) -> dict[str, float]:
+    """CIDEr-D, BLEU and ROUGE-L of rows with a `caption` and, where people wrote some, `references`.
+
+    Where that is not all of them, `judged` is their share.
+    """
+    judged = [row for row in predictions if row.get("references")]
+    if not judged:
+        return {}
+    scores = caption_scores([row["caption"] for row in judged], [row["references"] for row in judged])
+    return scores if len(judged) == len(predictions) else {**scores, "judged": len(judged) / len(predictions)}
 
 
 def hide_words(ids: Sequence[int], probability: float, mask_id: int) -> tuple[list[int], dict[int, int]]:

@@ -22,7 +22,8 @@ from beit3.errors import BadSampleError
 from beit3.finetune.common import Predictions
 from beit3.finetune.conversation import WritingConfig
 from beit3.finetune.prefix_task import PrefixBatch, PrefixConfig, PrefixTask, Said, SpokenExamples
-from beit3.metrics.vqa_accuracy import normalize_answer, vqa_accuracy
+from beit3.finetune.vqa import measure_consensus
+from beit3.metrics.vqa_accuracy import normalize_answer
 from beit3.model.prefix_language_model import ConnectorConfig
 
 ALIGN_TEMPLATE = "{image} Describe the picture."
@@ -133,13 +134,7 @@ class LanguageBridge(PrefixTask[LanguageBridgeConfig]):
             metrics["score"] = fmean(row["score"] for row in predictions)
         if pairs := [(row["answer"], row["target"]) for row in predictions if row["target"] is not None]:
             metrics["exact_match"] = fmean(normalize_answer(left) == normalize_answer(right) for left, right in pairs)
-        judged = [row for row in predictions if row["answers"]]
-        if judged:
-            types = [row["answer_type"] for row in judged]
-            accuracy = vqa_accuracy([row["answer"] for row in judged], [row["answers"] for row in judged], types)
-            metrics["accuracy"] = accuracy.overall
-            metrics |= {f"accuracy_{name}": value for name, value in accuracy.by_answer_type.items() if name}
-        return metrics
+        return metrics | measure_consensus(predictions)
 
 
 def _answer_to_learn(answers: Sequence[str] | None, row: VQARow) -> Said:

@@ -7,7 +7,7 @@ Shapes: B pictures of this rank, G pictures of all ranks, D features, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -15,22 +15,22 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from beit3.config import Run, TaskConfig, config, require
+from beit3.config import config, require
 from beit3.data.augment import ClassificationView, ClassificationViewConfig
-from beit3.data.example_loader import ExampleLoader, evaluation_batches
-from beit3.data.labelled_pictures import CentralCrop, LabelledBatch, LabelledPictures
+from beit3.data.labelled_pictures import CentralCrop, LabelledBatch, LabelledPictures, View
 from beit3.errors import ConfigError
 from beit3.finetune.image_tower import ImageTower, Pooling, load_image_tower
+from beit3.finetune.index_task import IndexConfig, IndexTask
 from beit3.metrics.accuracy import class_ranks, topk_accuracy
 from beit3.model.exchange import read_settings, read_tensors, write_folder
-from beit3.train.task import Loader, Task, Work
+from beit3.train.task import Work
 
 KIND = "linear_probe"
 """In `config.json` of what a run writes."""
 
 
 @config
-class LinearProbeConfig(TaskConfig):
+class LinearProbeConfig(IndexConfig):
     """Tower, classes and views."""
 
     tower: str
@@ -40,10 +40,6 @@ class LinearProbeConfig(TaskConfig):
     pretrained: bool = True
     """False: a tower of timm with random weights; the baseline that shows what training is worth."""
     num_classes: int = 1000
-    train: str = "train.jsonl"
-    """Index file, relative to the run's data folder; several are separated by commas."""
-    eval: str | None = None
-    """Index file to evaluate on."""
     batch_size: int = 16_384
     """Examples of one batch of all ranks."""
     eval_batch_size: int = 256
@@ -56,8 +52,7 @@ class LinearProbeConfig(TaskConfig):
 
     def __post_init__(self) -> None:
         require(self.num_classes >= 2, f"num_classes must be at least 2, not {self.num_classes}")
-        for name in ("batch_size", "eval_batch_size"):
-            require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
+        IndexConfig.__post_init__(self)
         require(0 < self.central_crop <= 1, f"central_crop must lie in 0..1, not {self.central_crop}")
         _ = self.view
 
@@ -90,7 +85,7 @@ class FeatureNorm(nn.BatchNorm1d):
         return normed if rows is features else normed.split(len(features))[dist.get_rank()]
 
 
-class LinearProbe(Task[LabelledBatch]):
+class LinearProbe(IndexTask[LabelledBatch]):
     """Name what a picture shows by a linear map of frozen features.
 
     Pictures are normalised as the tower was trained. The tower is in no checkpoint, and what is exported is no model:
@@ -108,7 +103,6 @@ class LinearProbe(Task[LabelledBatch]):
         self.config = config
         tower = load_image_tower(config.tower, pooling=config.pooling, pretrained=config.pretrained)
         self.keep_frozen(tower)
-        self._left_out: dict[str, float] = {}
         self.norm = FeatureNorm(tower.width)
         self.head = nn.Linear(tower.width, config.num_classes)
         nn.init.trunc_normal_(self.head.weight, std=0.01)
@@ -121,36 +115,12 @@ class LinearProbe(Task[LabelledBatch]):
         assert isinstance(tower, ImageTower)
         return tower
 
-    def train_loader(self, run: Run, rank: int, world_size: int) -> Loader[LabelledBatch]:
-        """Endless batches in a new order each epoch; what is wrong with the index to evaluate on is said now too."""
-        if rank == 0:
-            self.eval_loader(run)
-        paths = [run.data / name for name in self.config.train.split(",")]
-        view = ClassificationView(self.config.view, self.tower.preprocess)
-        pictures = LabelledPictures(paths, view, self.config.num_classes)
-        return ExampleLoader(
-            pictures,
-            pictures.collate,
-            batch_size=self.config.batch_size,
-            seed=run.seed,
-            rank=rank,
-            world_size=world_size,
-            num_workers=run.loop.num_workers,
-        )
-
-    def eval_loader(self, run: Run) -> Iterable[LabelledBatch] | None:
-        """Held-out pictures in order."""
-        if self.config.eval is None:
-            return None
-        view = CentralCrop(self.tower.preprocess, self.config.central_crop)
-        pictures = LabelledPictures(run.data / self.config.eval, view, self.config.num_classes)
-        self._left_out = pictures.left_out()
-        return evaluation_batches(
-            pictures,
-            pictures.collate,
-            batch_size=self.config.eval_batch_size,
-            num_workers=run.loop.num_workers,
-        )
+    def examples(self, paths: Sequence[Path], *, training: bool) -> LabelledPictures:
+        """Pictures of index files, varied in training."""
+        view: View = CentralCrop(self.tower.preprocess, self.config.central_crop)
+        if training:
+            view = ClassificationView(self.config.view, self.tower.preprocess)
+        return LabelledPictures(paths, view, self.config.num_classes)
 
     def logits(self, batch: LabelledBatch) -> Tensor:
         """(B, C) float32."""
@@ -167,16 +137,12 @@ class LinearProbe(Task[LabelledBatch]):
     def evaluate(self, loader: Iterable[LabelledBatch]) -> dict[str, float]:
         """Accuracy of the first and of the first five guesses, and the share of rows that `eval_loader` left out."""
         ranks = [class_ranks(self.logits(batch), batch.labels).cpu() for batch in loader]
-        return topk_accuracy(torch.cat(ranks)) | self._left_out
+        return topk_accuracy(torch.cat(ranks)) | self.left_out()
 
     def work(self, batch: LabelledBatch) -> Work:
         """Images and useful operations of a step: the tower runs forward only."""
         head = 3 * 2 * self.head.weight.numel()
         return Work(images=len(batch.images), flops=len(batch.images) * (self.tower.flops + head))
-
-    def move(self, batch: LabelledBatch, device: torch.device) -> LabelledBatch:
-        """Copy a batch to the device."""
-        return batch.to(device)
 
     @torch.no_grad()
     def save(self, folder: Path) -> None:

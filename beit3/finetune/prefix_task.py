@@ -20,25 +20,25 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from beit3.config import Run, TaskConfig, config, require
-from beit3.data.example_loader import ExampleLoader, evaluation_batches
+from beit3.config import config
 from beit3.data.index_files import CaptioningRow, CaptioningTrainingRow, Index, Row, Text, read_index, read_picture
 from beit3.data.preprocess import Preprocess
 from beit3.errors import BadSampleError
+from beit3.finetune.captioning import measure_captions
 from beit3.finetune.common import Predictions, TextBatch, pad_texts
 from beit3.finetune.conversation import Conversation, WritingConfig
 from beit3.finetune.image_tower import Pooling, load_image_tower
+from beit3.finetune.index_task import IndexConfig, IndexTask
 from beit3.finetune.picture_reader import PictureReader, open_language_model, read_reader_settings
-from beit3.metrics.caption_scores import caption_scores
 from beit3.model.prefix_language_model import ConnectorConfig
-from beit3.train.task import Loader, Task, Work
+from beit3.train.task import Work
 
 C = TypeVar("C", bound="PrefixConfig")
 R = TypeVar("R", bound=Row)
 
 
 @config
-class PrefixConfig(TaskConfig):
+class PrefixConfig(IndexConfig):
     """Tower, language model and data."""
 
     tower: str
@@ -55,17 +55,6 @@ class PrefixConfig(TaskConfig):
     """Export of an earlier run between the same tower and language model: its weights go on. None: random connector."""
     activation_checkpointing: bool = False
     """Recompute the blocks of a trained language model in the backward pass: less memory, a third more work."""
-    train: str = "train.jsonl"
-    """Index file, relative to the run's data folder; several are separated by commas."""
-    eval: str | None = None
-    """Index file to evaluate on."""
-    batch_size: int = 64
-    """Examples of one batch of all ranks."""
-    eval_batch_size: int = 64
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "eval_batch_size"):
-            require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
 
     @property
     @abstractmethod
@@ -139,7 +128,7 @@ class SpokenExamples(Generic[R]):
         return PrefixBatch(images, ids, mask, targets, tuple(example.row for example in examples))
 
 
-class PrefixTask(Task[PrefixBatch], Generic[C]):
+class PrefixTask(IndexTask[PrefixBatch], Generic[C]):
     """A connector (and perhaps a language model) trained behind a frozen tower; it describes pictures.
 
     Checkpoints hold what is trained; `save` writes a folder for `beit3.finetune.picture_reader.load_picture_reader`:
@@ -169,7 +158,6 @@ class PrefixTask(Task[PrefixBatch], Generic[C]):
             # The older name goes with version 6 of transformers; the newer one came within version 5.
             getattr(words, newer if hasattr(words, newer) else "gradient_checkpointing_enable")()
         self._connector_flops = _count_flops(self.reader)
-        self._held_out: SpokenExamples[Any] | None = None
 
     def examples(self, paths: Sequence[Path], *, training: bool) -> SpokenExamples[Any]:
         """Captions of index files to learn, or pictures to describe."""
@@ -189,46 +177,8 @@ class PrefixTask(Task[PrefixBatch], Generic[C]):
         ]
 
     def measure(self, predictions: Predictions) -> dict[str, float]:
-        """CIDEr-D, BLEU and ROUGE-L over the pictures of which the index holds what people wrote.
-
-        Where that is not all of them, `judged` is their share.
-        """
-        judged = [row for row in predictions if row["references"]]
-        if not judged:
-            return {}
-        scores = caption_scores([row["caption"] for row in judged], [row["references"] for row in judged])
-        return scores if len(judged) == len(predictions) else {**scores, "judged": len(judged) / len(predictions)}
-
-    def train_loader(self, run: Run, rank: int, world_size: int) -> Loader[PrefixBatch]:
-        """Endless batches in a new order each epoch.
-
-        Rank 0 reads what it will evaluate on as well: whatever is wrong there is said now, not after the training.
-        """
-        if rank == 0:
-            self.eval_loader(run)
-        examples = self.examples([run.data / name for name in self.config.train.split(",")], training=True)
-        return ExampleLoader(
-            examples,
-            examples.collate,
-            batch_size=self.config.batch_size,
-            seed=run.seed,
-            rank=rank,
-            world_size=world_size,
-            num_workers=run.loop.num_workers,
-        )
-
-    def eval_loader(self, run: Run) -> Iterable[PrefixBatch] | None:
-        """Held-out examples in order; their index is read once."""
-        if self.config.eval is None:
-            return None
-        if self._held_out is None:
-            self._held_out = self.examples([run.data / self.config.eval], training=False)
-        return evaluation_batches(
-            self._held_out,
-            self._held_out.collate,
-            batch_size=self.config.eval_batch_size,
-            num_workers=run.loop.num_workers,
-        )
+        """`measure_captions` of a whole set."""
+        return measure_captions(predictions)
 
     def forward(self, batch: PrefixBatch) -> dict[str, Tensor]:
         """Cross-entropy of the answers' ids."""
@@ -238,8 +188,7 @@ class PrefixTask(Task[PrefixBatch], Generic[C]):
 
     def evaluate(self, loader: Iterable[PrefixBatch]) -> dict[str, float]:
         """Metrics of all batches, and the share of the rows that `eval_loader` left out."""
-        metrics = self.measure([row for batch in loader for row in self.predict(batch)])
-        return metrics if self._held_out is None else metrics | self._held_out.index.left_out()
+        return self.measure([row for batch in loader for row in self.predict(batch)]) | self.left_out()
 
     def write(self, batch: PrefixBatch) -> list[str]:
         """What the language model says behind each prompt."""
@@ -255,10 +204,6 @@ class PrefixTask(Task[PrefixBatch], Generic[C]):
         flops = times * sum(self.model.forward_flops(length) for length in lengths)
         flops += len(batch.images) * (self.reader.tower.flops + 3 * self._connector_flops)
         return Work(len(batch.images), sum(lengths), flops)
-
-    def move(self, batch: PrefixBatch, device: torch.device) -> PrefixBatch:
-        """Copy a batch to the device."""
-        return batch.to(device)
 
     def save(self, folder: Path) -> None:
         """Write the folder of the reader."""

@@ -155,10 +155,15 @@ class VQA(TextFinetuneTask[VQAConfig, VQABatch]):
         metrics: dict[str, float] = {}
         if any("score" in row for row in predictions):
             metrics["score"] = fmean(row.get("score", 0.0) for row in predictions)
-        judged = [row for row in predictions if "answers" in row and self.labels is not None]
-        if judged:
-            types = [row["answer_type"] for row in judged]
-            accuracy = vqa_accuracy([row["answer"] for row in judged], [row["answers"] for row in judged], types)
-            metrics["accuracy"] = accuracy.overall
-            metrics |= {f"accuracy_{name}": value for name, value in accuracy.by_answer_type.items() if name}
-        return metrics
+        return metrics if self.labels is None else metrics | measure_consensus(predictions)
+
+
+def measure_consensus(predictions: Predictions) -> dict[str, float]:
+    """Consensus accuracy, by type of answer too, of rows with an `answer` where people's `answers` are known."""
+    judged = [row for row in predictions if row.get("answers")]
+    if not judged:
+        return {}
+    types = [row["answer_type"] for row in judged]
+    accuracy = vqa_accuracy([row["answer"] for row in judged], [row["answers"] for row in judged], types)
+    by_type = {f"accuracy_{name}": value for name, value in accuracy.by_answer_type.items() if name}
+    return {"accuracy": accuracy.overall, **by_type}
