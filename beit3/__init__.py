@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from beit3.model.heads import create_model
+    from beit3.model.build import create_model
     from beit3.model.packing import PackedBatch
     from beit3.model.presets import ModelConfig, list_models
     from beit3.model.store import load_model

@@ -36,7 +36,8 @@ from beit3.finetune.index_task import BatchedExamples
 from beit3.finetune.nlvr2 import NLVR2, NLVR2Config
 from beit3.finetune.retrieval import Retrieval, RetrievalConfig
 from beit3.finetune.vqa import VQA, VQAConfig
-from beit3.model.heads import AnyModel, RetrievalModel, SuperClassModel
+from beit3.model.build import AnyModel
+from beit3.model.heads import RetrievalModel, SuperClassModel
 from beit3.model.transformer import MultiwayTransformer
 from beit3.predict import Predictor, load
 from beit3.train.distributed import Ranks, join_ranks

@@ -24,9 +24,11 @@ from torch.export import Dim, ExportedProgram
 
 from beit3.config import nearest, require
 from beit3.errors import ConfigError
+from beit3.model.build import AnyModel
 from beit3.model.embeddings import TextEmbedding, VisionEmbedding
-from beit3.model.heads import AnyModel, ClipModel, RetrievalModel, TaskModel
+from beit3.model.heads import ClipModel, RetrievalModel
 from beit3.model.multiway import MultiwayBlock
+from beit3.model.task_model import TaskModel
 from beit3.model.transformer import MultiwayTransformer, Output
 
 Tower = Literal["image", "text", "pair"]

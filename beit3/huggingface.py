@@ -32,8 +32,9 @@ from beit3.config import require
 from beit3.data.images import ImageInput, open_image
 from beit3.data.preprocess import Preprocess, prepare_text
 from beit3.data.source import TOKENIZER_FILE
+from beit3.model.build import AnyModel, build_model
 from beit3.model.exchange import CARD_FILE, is_exchange, is_weights, read_settings
-from beit3.model.heads import AnyModel, PretrainingModel, RetrievalModel, build_model, first_text_states
+from beit3.model.heads import PretrainingModel, RetrievalModel, first_text_states
 from beit3.model.hub import PREFIX, local_path
 from beit3.model.pretrained import model_settings, parse_model_settings
 from beit3.model.store import load_model

@@ -13,8 +13,8 @@ from beit3.data.shards import REPORT_FILE
 from beit3.data.source import TOKENIZER_FILE, find_source
 from beit3.data.visual_codes import SETTINGS_FILE, CodeTable
 from beit3.errors import ConfigError, DataMissingError
+from beit3.model.build import AnyModel
 from beit3.model.exchange import CONFIG_FILE, read_tensors
-from beit3.model.heads import AnyModel
 from beit3.model.released_files import read_official
 from beit3.model.store import load_model
 from beit3.model_info import describe_model, describe_tensors

@@ -10,7 +10,8 @@ from torch import Tensor
 from beit3.data.preprocess import Preprocess
 from beit3.data.source import RELEASED_TOKENIZER, TOKENIZER_FILE, Source
 from beit3.errors import BeitError
-from beit3.model.heads import AnyModel, ClipModel
+from beit3.model.build import AnyModel
+from beit3.model.heads import ClipModel
 
 
 def describe_model(source: Source, model: AnyModel) -> list[str]:

@@ -24,8 +24,8 @@ from beit3.data.labels import labels_file
 from beit3.data.preprocess import Preprocess, prepare_text
 from beit3.data.source import TOKENIZER_FILE, find_source, num_outputs
 from beit3.errors import ConfigError
+from beit3.model.build import AnyModel
 from beit3.model.heads import (
-    AnyModel,
     CaptioningModel,
     ClassificationModel,
     NLVR2Model,

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from beit3.model.heads import build_model
+from beit3.model.build import build_model
 from beit3.model.official import to_ours
 
 SCRIPT: dict[str, Any] = runpy.run_path(

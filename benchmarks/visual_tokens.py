@@ -29,7 +29,7 @@ from beit3.data.streams import Source
 from beit3.data.transforms import EvalResize, normalize
 from beit3.data.write_codes import CodesConfig, write_codes
 from beit3.metrics.probe import knn_accuracy, linear_accuracy
-from beit3.model.heads import build_model
+from beit3.model.build import build_model
 from beit3.model.store import load_model
 from beit3.model.transformer import MultiwayTransformer
 from beit3.pretrain.image_tokenizer import ImageTokenizerConfig

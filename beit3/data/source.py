@@ -14,8 +14,9 @@ from beit3.data.labels import imagenet_labels, read_labels
 from beit3.data.preprocess import FILE as PREPROCESS_FILE
 from beit3.data.preprocess import Preprocess
 from beit3.errors import ConfigError, DataMissingError
+from beit3.model.build import AnyModel
 from beit3.model.exchange import CONFIG_FILE, is_exchange, is_weights, read_settings
-from beit3.model.heads import AnyModel, SuperClassModel
+from beit3.model.heads import SuperClassModel
 from beit3.model.hub import local_path
 from beit3.model.released_files import shown
 from beit3.tokenizer.subwords import WordList

@@ -21,11 +21,12 @@ from beit3.data.labels import labels_file
 from beit3.data.preprocess import Preprocess
 from beit3.errors import ConfigError
 from beit3.finetune.index_task import IndexConfig, IndexTask
+from beit3.model.build import build_model
 from beit3.model.flops import forward_flops
-from beit3.model.heads import TaskModel, build_model
 from beit3.model.packing import Layout
 from beit3.model.presets import PAD, ModelConfig
 from beit3.model.store import fill_model
+from beit3.model.task_model import TaskModel
 from beit3.tokenizer.text import TextTokenizer
 from beit3.train.task import Work
 

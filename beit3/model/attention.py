@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from beit3.model.packing import Layout
+from beit3.model.windows import windowed_attention
 
 Backend = Literal["sdpa", "matmul", "varlen", "reference"]
 
@@ -40,6 +41,8 @@ class Plan:
     bounds: Tensor | None = None
     """varlen only: (B + 1,) int32 cumulative lengths of the sequences."""
     longest: int = 0
+    window: tuple[tuple[int, int], int] | None = None
+    """Images alone: the grid of patches and the side of the windows that patches see; None: they see everything."""
 
 
 def plan_attention(layout: Layout, like: Tensor, backend: Backend | None = None, causal_text: bool = False) -> Plan:
@@ -89,6 +92,9 @@ def multiway_attention(vision: Tensor, text: Tensor, plan: Plan, num_heads: int)
     Returns:
         (Nv, D) and (Nt, D).
     """
+    if plan.window is not None:
+        mixed = windowed_attention(vision, *plan.window, num_heads, _CORES[plan.backend])
+        return mixed, text.new_empty(0, mixed.shape[1])
     if plan.backend == "varlen":
         return _varlen_attention(vision, text, plan, num_heads)
     return _grouped_attention(vision, text, plan, num_heads, _CORES[plan.backend])

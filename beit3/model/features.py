@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from beit3.config import replace, require
 from beit3.model.embeddings import VisionEmbedding
-from beit3.model.heads import TaskModel
 from beit3.model.packing import PackedBatch
 from beit3.model.parts import Absent
+from beit3.model.task_model import TaskModel
 from beit3.model.transformer import MultiwayTransformer
+from beit3.model.windows import Windows
 
 
 class FeatureBackbone(nn.Module):
@@ -59,13 +60,16 @@ class FeatureBackbone(nn.Module):
         return feature_maps(self.model, images, self.out_indices)
 
 
-def feature_maps(backbone: MultiwayTransformer, images: Tensor, out_indices: Sequence[int]) -> list[Tensor]:
+def feature_maps(
+    backbone: MultiwayTransformer, images: Tensor, out_indices: Sequence[int], windows: Windows | None = None
+) -> list[Tensor]:
     """Encode images and return the states of their patches after some layers as maps.
 
     Args:
         backbone: all its layers are run.
         images: (B, 3, H, W) float, normalised; H and W divide by P, and positions are interpolated to them.
         out_indices: layers, the first is 0.
+        windows: what patches see in which layers; None: the whole image.
 
     Returns:
         a map (B, D, h, w) for each layer, in the order asked for.
@@ -75,7 +79,8 @@ def feature_maps(backbone: MultiwayTransformer, images: Tensor, out_indices: Seq
     """
     side = backbone.config.patch_size
     grid = (images.shape[2] // side, images.shape[3] // side)
-    inner = backbone.forward_packed(PackedBatch(images=images), layers={index + 1 for index in out_indices}).inner
+    layers = {index + 1 for index in out_indices}
+    inner = backbone.forward_packed(PackedBatch(images=images), layers=layers, windows=windows).inner
     rows = (images.shape[0], 1 + grid[0] * grid[1])
     states = [inner[index + 1][0].unflatten(0, rows)[:, 1:] for index in out_indices]  # (B, N, D)
     return [state.transpose(1, 2).unflatten(2, grid).contiguous() for state in states]

@@ -1,4 +1,4 @@
-"""Task models: a backbone with its heads, by name.
+"""Task models of pictures and texts: a backbone with its heads.
 
 Shapes: B sequences, Bi images, Bt texts, N patches, T text length, D width, E width of the space that images and texts
 share, V vocabulary, K codebook size.
@@ -6,21 +6,19 @@ share, V vocabulary, K codebook size.
 
 from __future__ import annotations
 
-import inspect
 import math
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from beit3.config import nearest, replace, require
-from beit3.errors import ConfigError
+from beit3.config import replace, require
 from beit3.model.beam_search import Captions, beam_search
 from beit3.model.packing import PackedBatch
 from beit3.model.parts import keep_modality
-from beit3.model.presets import BOS, EOS, OFFICIAL_MASK, PAD, UNK, ModelConfig, model_config
-from beit3.model.pretrained import PretrainedModel
+from beit3.model.presets import BOS, EOS, OFFICIAL_MASK, PAD, UNK, ModelConfig
+from beit3.model.task_model import TaskModel
 from beit3.model.transformer import MultiwayTransformer, Output, PackedOutput
 
 CODEBOOK_SIZE = 8192
@@ -46,17 +44,6 @@ def first_text_states(text: Tensor, text_mask: Tensor | None) -> Tensor:
     ):
         raise ValueError("a text begins with padding: pad texts on the right, behind `<s>`")
     return text[:, 0]
-
-
-class TaskModel(PretrainedModel):
-    """A transformer, held as `.backbone`, with heads."""
-
-    backbone: MultiwayTransformer
-
-    @property
-    def model_config(self) -> ModelConfig:
-        """Shape of the transformer."""
-        return self.backbone.config
 
 
 class PretrainingModel(TaskModel):
@@ -476,71 +463,3 @@ def _start_small(layer: nn.Linear) -> None:
     nn.init.zeros_(layer.bias)
     with torch.no_grad():
         layer.weight.mul_(_SMALL_START)
-
-
-AnyModel = (
-    MultiwayTransformer
-    | PretrainingModel
-    | RetrievalModel
-    | ClassificationModel
-    | VQAModel
-    | NLVR2Model
-    | CaptioningModel
-    | SuperClassModel
-    | ClipModel
-)
-_TASKS: dict[str, type[TaskModel]] = {
-    "pretraining": PretrainingModel,
-    "captioning": CaptioningModel,
-    "retrieval": RetrievalModel,
-    "classification": ClassificationModel,
-    "vqa": VQAModel,
-    "nlvr2": NLVR2Model,
-    "superclass": SuperClassModel,
-    "clip": ClipModel,
-}
-_TEXT_TOWER = ("text_width", "text_layers", "text_heads", "embed_width")
-_CHOICES: dict[str, tuple[str, ...]] = {"pooling": get_args(Pooling), "loss": get_args(ContrastiveLoss)}
-_HEAD_OPTIONS = ("codebook_size", "num_classes", "num_answers", "num_words", *_TEXT_TOWER, *_CHOICES)
-
-
-def build_model(config: ModelConfig, task: str | None = None, /, **head_options: Any) -> AnyModel:
-    """Build a backbone (`task=None`) or a task model with random weights."""
-    if task is None:
-        return MultiwayTransformer(config)
-    if task not in _TASKS:
-        raise ConfigError(f"unknown task '{task}'; {nearest(task, _TASKS)}")
-    known = inspect.signature(_TASKS[task]).parameters.keys() & set(_HEAD_OPTIONS)
-    if unknown := head_options.keys() - known:
-        raise ConfigError(f"a {task} model has no option {', '.join(sorted(unknown))}")
-    for name, value in head_options.items():
-        if name in _CHOICES:
-            fits = isinstance(value, str) and value in _CHOICES[name]
-            require(fits, f"{name} must be {' or '.join(_CHOICES[name])}, not {value!r:.60}")
-            continue
-        fits = isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**31
-        require(fits, f"{name} must be a whole number of at least 1, not {value!r:.60}")
-    model: Any = _TASKS[task](config, **head_options)
-    assert isinstance(model, AnyModel)
-    return model
-
-
-def create_model(name: str, task: str | None = None, attention: str = "shared", **config: object) -> AnyModel:
-    """Create a model of the catalogue with random weights.
-
-    The default is the paper's model (shared self-attention, fusion experts on top). It is not the model that
-    Microsoft released: for that architecture pass `attention="decoupled"`, for its weights use `load_model`.
-
-    Args:
-        name: such as `beit3_base_patch16_224`; see `list_models`.
-        task: None for the backbone alone, or "pretraining", "retrieval", "classification", "vqa", "nlvr2",
-            "captioning", "superclass", "clip".
-        attention: "shared" or "decoupled".
-        **config: further fields of `ModelConfig`; `codebook_size` for pretraining, `num_classes` for classification,
-            `num_answers` for vqa, `num_words` for superclass; those of `ClipModel` for clip, `loss` for retrieval.
-
-    Raises:
-        ConfigError: unknown name, task or field; the message holds the nearest valid one.
-    """
-    options = {option: config.pop(option) for option in _HEAD_OPTIONS if option in config}
-    return build_model(model_config(name, attention=attention, **config), task, **options)

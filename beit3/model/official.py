@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from beit3.errors import ConfigError
-from beit3.model.heads import build_model
+from beit3.model.build import build_model
 from beit3.model.presets import POSITION_OFFSET, ModelConfig, native_head_width
 from beit3.model.released_files import listed, shown, unwrap
 

@@ -13,7 +13,7 @@ from beit3.model.pretrained import Part
 from beit3.model.transformer import MultiwayTransformer
 
 if TYPE_CHECKING:
-    from beit3.model.heads import AnyModel
+    from beit3.model.build import AnyModel
 
 _HEADS: dict[str, dict[Part, tuple[str, ...]]] = {
     "pretraining": {"vision": ("mim_head",), "text": ("mlm_head",)},

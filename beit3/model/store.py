@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from beit3.config import differences, require, to_plain
 from beit3.errors import ConfigError, DataMissingError
 from beit3.model import official
+from beit3.model.build import AnyModel, build_model
 from beit3.model.embeddings import resample_positions
 from beit3.model.exchange import CONFIG_FILE, is_exchange, is_weights, read_settings, read_tensors
-from beit3.model.heads import AnyModel, build_model
 from beit3.model.hub import local_path
 from beit3.model.official import check_tensors
 from beit3.model.parts import keep_modality, keep_part

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from beit3.model.multiway import AttentionInput, AttentionOutput, FeedForward, M
 from beit3.model.packing import Layout, PackedBatch, pack_texts
 from beit3.model.presets import ModelConfig
 from beit3.model.pretrained import PretrainedModel
+from beit3.model.windows import Windows
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +132,7 @@ class MultiwayTransformer(PretrainedModel):
         backend: Backend | None = None,
         layers: Collection[int] = (),
         causal_text: bool = False,
+        windows: Windows | None = None,
     ) -> PackedOutput:
         """Encode any mixture of images, texts and pairs.
 
@@ -139,16 +141,21 @@ class MultiwayTransformer(PretrainedModel):
             backend: attention backend; None takes the one measured fastest.
             layers: layers (from 1) whose states are returned as well.
             causal_text: as in `forward`.
+            windows: what patches see in which layers, for images alone of which all patches enter; None: everything.
 
         Returns:
             (Nv, D) and (Nt, D) states in the order of the batch.
+
+        Raises:
+            ValueError: windows for a batch with texts or left-out patches.
         """
         vision, text, layout = self.embed(batch)
         plan = plan_attention(layout, vision, backend, causal_text)
+        plans = [plan] * len(self.blocks) if windows is None else self._windowed(plan, batch, windows)
         drops = self.training and self.config.drop_path > 0
         sequence_ids = layout.sequence_ids(vision.device) if drops else None
         inner: dict[int, tuple[Tensor, Tensor]] = {}
-        for number, block in enumerate(self.blocks, start=1):
+        for number, (block, plan) in enumerate(zip(self.blocks, plans, strict=True), start=1):
             if self.config.activation_checkpointing and self.training:
                 vision, text = checkpoint(block, vision, text, plan, sequence_ids, use_reentrant=False)
             else:
@@ -157,6 +164,15 @@ class MultiwayTransformer(PretrainedModel):
                 inner[number] = vision, text
         vision, text = self._finish(vision, text)
         return PackedOutput(vision, text, layout, inner)
+
+    def _windowed(self, plan: Plan, batch: PackedBatch, windows: Windows) -> list[Plan]:
+        """How each layer attends: as planned, or within windows."""
+        if batch.images is None or batch.text_ids is not None or batch.kept_patches is not None:
+            raise ValueError("windows are for images alone, of which all patches enter")
+        side = self.config.patch_size
+        grid = (batch.images.shape[2] // side, batch.images.shape[3] // side)
+        narrow = replace(plan, window=(grid, windows.side))
+        return [plan if n in windows.global_layers else narrow for n in range(1, len(self.blocks) + 1)]
 
     def start_decoding(self, images: Tensor) -> list[LayerCache]:
         """Encode images (B, 3, H, W) as the beginning of texts; `decode` goes on from there."""

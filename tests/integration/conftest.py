@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from beit3.model.heads import build_model
+from beit3.model.build import build_model
 from beit3.model.official import to_official
 from beit3.model.presets import ModelConfig
 from beit3.tokenizer.text import TextTokenizer

@@ -36,7 +36,7 @@ from torch import Tensor
 import beit3
 from beit3.cli import run_command
 from beit3.errors import ConfigError, DataMissingError
-from beit3.model.heads import build_model
+from beit3.model.build import build_model
 from beit3.model.official import to_official
 from beit3.model.presets import ModelConfig
 from beit3.model.released_files import read_official

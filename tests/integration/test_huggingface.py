@@ -19,7 +19,7 @@ import beit3.huggingface
 from beit3.data.preprocess import Preprocess
 from beit3.errors import ConfigError, DataMissingError
 from beit3.huggingface import Beit3Config, Beit3Model, Beit3Processor
-from beit3.model.heads import build_model
+from beit3.model.build import build_model
 from beit3.model.presets import ModelConfig
 from beit3.tokenizer.fast import save_fast
 from beit3.tokenizer.text import TextTokenizer, train_text_tokenizer

@@ -19,7 +19,7 @@ from beit3.data.emoji import load_cells
 from beit3.data.labels import labels_file
 from beit3.data.preprocess import Preprocess
 from beit3.errors import ConfigError, DataMissingError
-from beit3.model.heads import build_model
+from beit3.model.build import build_model
 from beit3.model.official import to_official
 from beit3.model.presets import ModelConfig
 from beit3.predict import Predictor

@@ -21,7 +21,8 @@ from beit3.data.transforms import CropConfig
 from beit3.errors import ConfigError
 from beit3.finetune.lit import LitConfig, load_locked_images
 from beit3.finetune.retrieval import Retrieval, RetrievalConfig
-from beit3.model.heads import ClipModel, build_model
+from beit3.model.build import build_model
+from beit3.model.heads import ClipModel
 from beit3.model.presets import ModelConfig, TextTowerConfig
 from beit3.tokenizer.subwords import Subwords, WordList
 from beit3.tokenizer.text import TextTokenizer

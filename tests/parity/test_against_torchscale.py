@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import beit3
-from beit3.model.heads import build_model
+from beit3.model.build import build_model
 from beit3.model.official import to_official, to_ours
 from beit3.model.transformer import MultiwayTransformer
 

@@ -15,7 +15,7 @@ from beit3 import export
 from beit3.config import replace
 from beit3.errors import ConfigError
 from beit3.export import PaddedTransformer, Tower, export_onnx, export_program
-from beit3.model.heads import build_model
+from beit3.model.build import build_model
 from beit3.model.presets import ModelConfig
 from beit3.model.store import load_model
 

@@ -16,7 +16,7 @@ from beit3.config import replace
 from beit3.data.preprocess import Preprocess
 from beit3.errors import ConfigError, DataMissingError
 from beit3.finetune.image_tower import ImageTower, load_image_tower
-from beit3.model.heads import build_model
+from beit3.model.build import build_model
 from beit3.model.official import to_official
 from beit3.model.parts import keep_part
 from beit3.model.presets import ModelConfig

@@ -16,7 +16,7 @@ from beit3.config import Run
 from beit3.data.preprocess import Preprocess
 from beit3.errors import ConfigError, DataMissingError
 from beit3.finetune.linear_probe import FeatureNorm, LinearProbe, LinearProbeConfig, load_linear_probe
-from beit3.model.heads import build_model
+from beit3.model.build import build_model
 from beit3.model.presets import ModelConfig
 from beit3.recipes import load_recipe
 from beit3.train.optim import build_optimizer

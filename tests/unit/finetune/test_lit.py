@@ -23,8 +23,9 @@ from beit3.data.streams import Source, Stream
 from beit3.data.transforms import CropConfig
 from beit3.errors import ConfigError, DataMissingError
 from beit3.finetune.lit import PROJECTION, Lit, LitConfig, load_locked_images
+from beit3.model.build import build_model
 from beit3.model.exchange import read_settings
-from beit3.model.heads import ClipModel, build_model
+from beit3.model.heads import ClipModel
 from beit3.model.presets import ModelConfig, TextTowerConfig
 from beit3.predict import Predictor
 from beit3.pretrain.pairs import PairBatch, PairEncoder, ZeroShotConfig

@@ -21,8 +21,8 @@ from beit3.finetune.language_model import load_language_model, write_tiny_langua
 from beit3.finetune.picture_reader import load_picture_reader
 from beit3.finetune.prefix_captioning import PrefixCaptioningConfig
 from beit3.metrics.vqa_accuracy import consensus_accuracy
+from beit3.model.build import build_model
 from beit3.model.exchange import read_tensors
-from beit3.model.heads import build_model
 from beit3.model.prefix_language_model import ConnectorConfig
 from beit3.model.presets import ModelConfig
 from beit3.tokenizer.text import TextTokenizer

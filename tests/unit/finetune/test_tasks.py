@@ -22,7 +22,7 @@ from beit3.config import Run, replace
 from beit3.data.index_files import RetrievalRow, read_index
 from beit3.errors import ConfigError, DataMissingError
 from beit3.finetune.captioning import hide_words, smoothed_loss
-from beit3.model.heads import build_model
+from beit3.model.build import build_model
 
 TASKS = ("classification", "vqa", "nlvr2", "captioning", "retrieval")
 Build = Callable[..., Any]

@@ -15,8 +15,9 @@ import beit3
 from beit3.config import replace
 from beit3.errors import ConfigError
 from beit3.export import export_program
+from beit3.model.build import build_model
 from beit3.model.exchange import read_tensors
-from beit3.model.heads import ClipModel, RetrievalModel, build_model
+from beit3.model.heads import ClipModel, RetrievalModel
 from beit3.model.official import to_official
 from beit3.model.packing import PackedBatch, pack_texts
 from beit3.model.presets import ModelConfig

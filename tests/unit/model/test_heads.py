@@ -12,7 +12,8 @@ import torch.nn.functional as F
 import beit3
 from beit3.config import replace
 from beit3.errors import ConfigError
-from beit3.model.heads import RetrievalModel, build_model
+from beit3.model.build import build_model
+from beit3.model.heads import RetrievalModel
 from beit3.model.packing import PackedBatch, pack_texts
 from beit3.model.presets import ModelConfig
 

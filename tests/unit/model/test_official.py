@@ -21,7 +21,7 @@ from torch import Tensor
 
 from beit3.config import replace
 from beit3.errors import ConfigError, DataMissingError
-from beit3.model.heads import build_model
+from beit3.model.build import build_model
 from beit3.model.official import to_official, to_ours
 from beit3.model.presets import ModelConfig, model_config
 from beit3.model.released_files import read_official

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from beit3.model.heads import create_model
+from beit3.model.build import create_model
 
 LAYERS = {"base": 12, "large": 24}
 PER_LAYER = {"base": (4_727_808, 6_144, 9_457_152), "large": (8_400_896, 8_192, 16_803_840)}

@@ -9,7 +9,7 @@ import torch
 
 import beit3
 from beit3.errors import ConfigError
-from beit3.model.heads import build_model
+from beit3.model.build import build_model
 from beit3.model.presets import ModelConfig, list_models, model_config, native_head_width
 
 # Counts published with the released files ("222M", "276M", "674M", "746M"), exact by arithmetic from their shapes.

@@ -19,8 +19,9 @@ from torch import Tensor
 import beit3
 from beit3.config import replace
 from beit3.errors import BeitError, ConfigError, DataMissingError
+from beit3.model.build import build_model
 from beit3.model.exchange import write_folder
-from beit3.model.heads import ClassificationModel, PretrainingModel, RetrievalModel, VQAModel, build_model
+from beit3.model.heads import ClassificationModel, PretrainingModel, RetrievalModel, VQAModel
 from beit3.model.official import to_official
 from beit3.model.presets import ModelConfig
 from beit3.model.store import fill_model
