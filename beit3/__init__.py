@@ -29,7 +29,7 @@ _HOMES = {
     "ModelConfig": "beit3.model.presets",
     "PackedBatch": "beit3.model.packing",
     "Predictor": "beit3.predict",
-    "create_model": "beit3.model.heads",
+    "create_model": "beit3.model.build",
     "list_models": "beit3.model.presets",
     "load": "beit3.predict",
     "load_model": "beit3.model.store",

@@ -49,8 +49,6 @@ _PARTS = "parts"
 _METRICS = "metrics.json"
 _PREDICTIONS = "predictions.jsonl"
 _SUBMISSION = "submission.json"
-_SUBMITTED = {"vqa": ("question_id", "answer"), "captioning": ("image_id", "caption")}
-"""Fields of the files that test servers take: the VQA challenge's, COCO's for captions, NoCaps'."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,9 +286,9 @@ def _finish(task: FinetuneTask[Any, Any], left_out: dict[str, float], out: Path)
     with (out / _PREDICTIONS).open("w", encoding="utf-8") as file:
         for row in task.readable(rows):
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    fields = _SUBMITTED.get(task.kind.task or "", ())
-    if fields and not (isinstance(task, VQA) and task.labels is None):
-        _write(out / _SUBMISSION, [{name: row[name] for name in fields} for row in rows])
+    submitted = task.submission(rows)
+    if submitted:
+        _write(out / _SUBMISSION, submitted)
     return metrics
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from beit3.config import check_types, config, replace, require, to_plain
-from beit3.data.resize import EvalResize, crop, to_tensor
+from beit3.data.resize import EvalResize, around, crop, inside, letterbox, to_tensor
 from beit3.data.texts import clean_text
 from beit3.errors import BadSampleError, ConfigError, DataMissingError
 from beit3.model.presets import ModelConfig
@@ -35,8 +35,11 @@ class Preprocess:
 
     image_size: tuple[int, int]
     """Height and width in pixels."""
-    resize: Literal["squash", "crop"] = "squash"
-    """`squash` resizes both sides on their own; `crop` fits the shorter side and cuts the ends of the longer one."""
+    resize: Literal["squash", "crop", "pad", "slide"] = "squash"
+    """`squash` resizes both sides on their own; `crop` fits the shorter side and cuts the ends of the longer one;
+    `pad` fits the longer side and fills what is left, on the right or below, with the mean colour; `slide` fits the
+    shorter side and leaves the longer one, so that pictures differ in size and a window of `image_size` slides over
+    them."""
     interpolation: Literal["bicubic"] = "bicubic"
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     """Of each channel, of pixels in 0..1."""
@@ -55,9 +58,14 @@ class Preprocess:
 
     @classmethod
     def of_task(cls, model: ModelConfig, task: str | None) -> Preprocess:
-        """What the released code does: ImageNet's crop and statistics for classification, squashing for all else."""
+        """What the released code does: ImageNet's crop and statistics for classification, squashing for all else.
+
+        Detection pads and segmentation slides (there is no released code for them).
+        """
         if task == "classification":
             return cls(image_size=model.image_size, resize="crop", mean=_IMAGENET_MEAN, std=_IMAGENET_STD)
+        if task in ("detection", "segmentation"):
+            return cls(image_size=model.image_size, resize="pad" if task == "detection" else "slide")
         return cls(image_size=model.image_size, max_text_length=min(MAX_TEXT_LENGTH, model.max_text_length))
 
     @classmethod
@@ -104,9 +112,31 @@ class Preprocess:
         values.pop("type")
         return {FILE: (json.dumps(values, indent=2) + "\n").encode()}
 
+    @property
+    def fill(self) -> tuple[int, int, int]:
+        """The mean colour, 0..255: what `pad` fills with."""
+        red, green, blue = (round(255 * mean) for mean in self.mean)
+        return red, green, blue
+
+    def placed(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Height and width that a whole picture of this height and width takes when it is resized.
+
+        Raises:
+            ValueError: `crop` leaves nothing whole.
+        """
+        if self.resize == "crop":
+            raise ValueError("a cropped picture has no place as a whole")
+        if self.resize == "squash":
+            return self.image_size
+        return (inside if self.resize == "pad" else around)(size, self.image_size)
+
     def __call__(self, image: Image.Image) -> Tensor:
-        """Resize an RGB picture of any size to uint8 (3, H, W)."""
+        """Resize an RGB picture of any size to uint8 (3, H, W); under `slide` H and W differ from picture to picture."""
         height, width = self.image_size
+        if self.resize == "pad":
+            return to_tensor(letterbox(image, height, width, self.fill))
+        if self.resize == "slide":
+            return EvalResize(self.placed((image.height, image.width)))(image)
         if self.resize == "squash" or image.size == (width, height):
             return EvalResize(self.image_size)(image)
         return to_tensor(crop(image, height, width))

@@ -15,6 +15,7 @@ _MOST_BETWEEN = 100_000_000
 """Pixels of the picture between the two passes, rows resized and columns not yet: four bytes each."""
 _LONGEST = 16
 """A side this many times the cut's is not resized outside the cut."""
+_MOST_WINDOWS = 4
 
 
 def squash(image: Image.Image, height: int, width: int) -> Image.Image:
@@ -36,6 +37,33 @@ def crop(image: Image.Image, height: int, width: int) -> Image.Image:
         x, y = image.width / fitted[0], image.height / fitted[1]
         return image.resize((width, height), _BICUBIC, box=(left * x, top * y, (left + width) * x, (top + height) * y))
     return image.resize(fitted, _BICUBIC).crop((left, top, left + width, top + height))
+
+
+def inside(size: tuple[int, int], canvas: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of the largest picture of this shape that fits into a canvas; no side is below one pixel."""
+    scale = min(canvas[0] / size[0], canvas[1] / size[1])
+    height, width = (max(1, min(limit, round(side * scale))) for side, limit in zip(size, canvas, strict=True))
+    return height, width
+
+
+def around(size: tuple[int, int], window: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of the smallest picture of this shape that covers a window.
+
+    A side is at most `_MOST_WINDOWS` windows long, so that a very elongated picture covers less (mmseg's ADE20K: 512
+    pixels, at most 2,048).
+    """
+    scale = max(window[0] / size[0], window[1] / size[1])
+    scale = min(scale, *(_MOST_WINDOWS * side / own for side, own in zip(window, size, strict=True)))
+    height, width = (max(1, round(side * scale)) for side in size)
+    return height, width
+
+
+def letterbox(image: Image.Image, height: int, width: int, fill: tuple[int, int, int]) -> Image.Image:
+    """Fit a picture into a canvas (bicubic), at its top left; the rest has one colour."""
+    rows, columns = inside((image.height, image.width), (height, width))
+    canvas = Image.new("RGB", (width, height), fill)
+    canvas.paste(squash(image, rows, columns))
+    return canvas
 
 
 def to_tensor(image: Image.Image) -> Tensor:

@@ -12,6 +12,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -200,6 +201,10 @@ class Captioning(TextFinetuneTask[CaptioningConfig, CaptionBatch]):
     def measure(self, predictions: Predictions) -> dict[str, float]:
         """`measure_captions` of a whole set."""
         return measure_captions(predictions)
+
+    def submission(self, predictions: Predictions) -> list[dict[str, Any]]:
+        """What the servers of COCO's captions and of NoCaps take."""
+        return [{"image_id": row["image_id"], "caption": row["caption"]} for row in predictions]
 
 
 def measure_captions(predictions: Predictions) -> dict[str, float]:

@@ -144,6 +144,10 @@ class FinetuneTask(IndexTask[B], ABC, Generic[C, B]):
         """The predictions of a whole set as they are written down: rows of plain values."""
         return predictions
 
+    def submission(self, predictions: Predictions) -> list[dict[str, Any]]:
+        """The predictions of a whole set in the form that a test server takes; empty where there is no such form."""
+        return []
+
     def pixels(self, batch: Batch) -> Tensor:
         """The pictures as the model takes them, float32."""
         return self.preprocess.normalize(batch.images)

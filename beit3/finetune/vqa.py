@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -156,6 +156,12 @@ class VQA(TextFinetuneTask[VQAConfig, VQABatch]):
         if any("score" in row for row in predictions):
             metrics["score"] = fmean(row.get("score", 0.0) for row in predictions)
         return metrics if self.labels is None else metrics | measure_consensus(predictions)
+
+    def submission(self, predictions: Predictions) -> list[dict[str, Any]]:
+        """What the VQA challenge takes; answers without names are of no use there."""
+        if self.labels is None:
+            return []
+        return [{"question_id": row["question_id"], "answer": row["answer"]} for row in predictions]
 
 
 def measure_consensus(predictions: Predictions) -> dict[str, float]:

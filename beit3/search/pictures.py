@@ -1,25 +1,22 @@
-"""Pictures in folders: found by the ends of their names, read ahead by threads.
-
-Shapes: H, W height and width that a model wants.
-"""
+"""Pictures in folders: found by the ends of their names, read ahead by threads."""
 
 from __future__ import annotations
 
 import itertools
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
-from torch import Tensor
+from PIL import Image
 
 from beit3.data.images import MAX_FILE_BYTES, decode_image
-from beit3.data.preprocess import Preprocess
 from beit3.data.shards import IMAGE_SUFFIXES
 from beit3.errors import BadSampleError, DataMissingError
 
+T = TypeVar("T")
 _THREADS = min(8, os.cpu_count() or 1)
 
 
@@ -71,25 +68,23 @@ def find_pictures(folder: Path) -> tuple[list[Picture], list[LeftOut]]:
 
 
 def read_pictures(
-    files: Sequence[Path], preprocess: Preprocess, batch_size: int
-) -> Iterator[list[tuple[Path, Tensor | BadSampleError]]]:
+    files: Sequence[Path], prepare: Callable[[Image.Image], T], batch_size: int
+) -> Iterator[list[tuple[Path, T | BadSampleError]]]:
     """Read pictures batch by batch in their order, while threads read the next batch.
-
-    They are kept at the model's size, so that large photographs do not fill the memory.
 
     Args:
         files: pictures.
-        preprocess: of the model.
+        prepare: what is kept of an RGB picture; called from several threads.
         batch_size: pictures of a batch.
 
     Yields:
-        Files with uint8 (3, H, W), or with the reason why one cannot be read.
+        Files with what is kept of them, or with the reason why one cannot be read.
     """
     batches = [files[start : start + batch_size] for start in range(0, len(files), batch_size)]
     with ThreadPoolExecutor(_THREADS) as pool:
 
-        def begin(batch: Sequence[Path]) -> list[Future[Tensor | BadSampleError]]:
-            return [pool.submit(_read, file, preprocess) for file in batch]
+        def begin(batch: Sequence[Path]) -> list[Future[T | BadSampleError]]:
+            return [pool.submit(_read, file, prepare) for file in batch]
 
         coming = begin(batches[0]) if batches else []
         for batch, following in itertools.pairwise([*batches, []]):
@@ -97,11 +92,11 @@ def read_pictures(
             yield [(file, reading.result()) for file, reading in zip(batch, now, strict=True)]
 
 
-def _read(file: Path, preprocess: Preprocess) -> Tensor | BadSampleError:
+def _read(file: Path, prepare: Callable[[Image.Image], T]) -> T | BadSampleError:
     try:
         if file.stat().st_size > MAX_FILE_BYTES:
             return BadSampleError("too_large", f"more than {MAX_FILE_BYTES // 2**20} MiB")
-        return preprocess(decode_image(file.read_bytes()))
+        return prepare(decode_image(file.read_bytes()))
     except OSError as error:
         return BadSampleError("unreadable_file", error.strerror or str(error))
     except BadSampleError as error:

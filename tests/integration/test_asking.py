@@ -255,7 +255,6 @@ def test_large_pictures_are_shrunk_as_they_are_read(here: Path, monkeypatch: pyt
         return original(self, images, **settings)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Predictor, "caption_scores", watched)
-    monkeypatch.setattr("beit3.search.asking._AT_ONCE", 2)
     Image.new("RGB", (900, 700), "red").save("pictures/large.png")
     assert run_command(CAPTION) == 0
     assert seen == [(3, 24, 24)] * 6

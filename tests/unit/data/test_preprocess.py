@@ -89,7 +89,7 @@ def test_it_is_written_and_read_back(tmp_path: Path, base: ModelConfig) -> None:
         ("{", "is damaged"),
         ("[]", "is damaged"),
         ('{"image_size": 3}', "is damaged"),
-        ('{"image_size": [8, 8], "resize": "stretch"}', "resize must be 'squash' or 'crop', not 'stretch'"),
+        ('{"image_size": [8, 8], "resize": "stretch"}', "resize must be 'squash' or 'crop' or 'pad' or 'slide', not 'stretch'"),
         ('{"image_size": [8, 8], "std": [0, 1, 1]}', r"std must lie in 0\.001\.\.1"),
         ('{"image_size": [8]}', "image_size must be 2 values"),
         ('{"image_size": [8, 8.5]}', "image_size must be 2 values"),
@@ -138,9 +138,9 @@ def test_an_elongated_picture_is_cut_as_torchvision_does(size: tuple[int, int]) 
 
 
 @pytest.mark.parametrize("size", [(60_000, 4), (4, 60_000), (4, 3_000_000), (3_000_000, 4)])
-@pytest.mark.parametrize("resize", ["squash", "crop"])
+@pytest.mark.parametrize("resize", ["squash", "crop", "pad", "slide"])
 def test_an_elongated_picture_fills_no_memory(
-    resize: Literal["squash", "crop"], size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+    resize: Literal["squash", "crop", "pad", "slide"], size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Pillow resizes rows first: between its two passes a picture is as wide as the result, as high as the source."""
     largest = 0
@@ -157,7 +157,36 @@ def test_an_elongated_picture_fills_no_memory(
     monkeypatch.setattr(Image.Image, "resize", watched)
     seen = Preprocess(image_size=(224, 224), resize=resize)(image)
     assert 0 < largest <= 100_000_000
-    assert seen[:, 100, 100].tolist() == [10, 20, 30]
+    place = {"pad": (0, 0), "slide": (0, 0)}.get(resize, (100, 100))
+    assert seen[:, *place].tolist() == [10, 20, 30]
+
+
+@pytest.mark.parametrize(
+    ("size", "placed"), [((30, 60), (20, 40)), ((60, 30), (20, 10)), ((20, 40), (20, 40)), ((1, 400), (1, 40))]
+)
+def test_a_padded_picture_stands_at_the_top_left_of_the_mean_colour(
+    size: tuple[int, int], placed: tuple[int, int]
+) -> None:
+    preprocess = Preprocess(image_size=(20, 40), resize="pad", mean=(0.2, 0.5, 0.8))
+    assert preprocess.placed(size) == placed
+    seen = preprocess(Image.new("RGB", (size[1], size[0]), (255, 0, 0)))
+    assert seen.shape == (3, 20, 40)
+    inside = torch.zeros(20, 40, dtype=torch.bool)
+    inside[: placed[0], : placed[1]] = True
+    assert (seen[:, inside].T == torch.tensor([255, 0, 0])).all()
+    assert (seen[:, ~inside].T == torch.tensor([51, 128, 204])).all()
+
+
+@pytest.mark.parametrize(
+    ("size", "placed"),
+    [((300, 400), (32, 43)), ((400, 300), (43, 32)), ((10, 10), (32, 32)), ((10, 100), (13, 128)), ((1, 999), (1, 128))],
+)
+def test_a_picture_to_slide_over_covers_the_window_but_is_four_windows_long_at_most(
+    size: tuple[int, int], placed: tuple[int, int]
+) -> None:
+    preprocess = Preprocess(image_size=(32, 32), resize="slide")
+    assert preprocess.placed(size) == placed
+    assert preprocess(Image.new("RGB", (size[1], size[0]))).shape == (3, *placed)
 
 
 def test_texts_are_cleaned_and_other_things_refused() -> None:
