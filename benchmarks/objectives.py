@@ -219,19 +219,23 @@ def readings(arm: str, batch: int, seed: int, options: argparse.Namespace) -> li
 
 
 def show(batch: int, options: argparse.Namespace) -> None:
-    """Both readings: mean and range over the seeds."""
-    curves = {arm: [readings(arm, batch, seed, options) for seed in options.seeds] for arm in options.arms}
+    """Both readings, at equal images / at equal time: means and ranges over the seeds that are finished."""
+    seeds = [
+        s
+        for s in options.seeds
+        if all((folder_of(options) / name_of(arm, batch, s) / "metrics.json").is_file() for arm in options.arms)
+    ]
+    curves = {arm: [readings(arm, batch, seed, options) for seed in seeds] for arm in options.arms}
     fewest = min(curve[-1]["images"] for runs in curves.values() for curve in runs)
-    print(f"\nBatch {batch}, equal images: {fewest:,.0f}; equal time: {options.seconds:.0f} s\n")
-    heads = [f"{name} {when}" for name in COLUMNS.values() for when in ("(images)", "(time)")]
-    print(f"| objective | images seen in the time | step ms | kept MiB | {' | '.join(heads)} |")
-    print("|---" * (4 + len(heads)) + "|")
+    print(f"\nBatch {batch}, equal images: {fewest:,.0f}; equal time: {options.seconds:.0f} s; {len(seeds)} seeds\n")
+    print(f"| objective | images in the time | step ms | kept MiB | {' | '.join(COLUMNS.values())} |")
+    print("|---" * (4 + len(COLUMNS)) + "|")
     for arm, runs in curves.items():
         cells = []
         for column in COLUMNS:
             name = _named(arm, column)
             equal = [_at(curve, name, fewest) for curve in runs]
-            cells += [_spread(values) for values in (equal, [curve[-1].get(name) for curve in runs])]
+            cells.append(" / ".join(_spread(values) for values in (equal, [curve[-1].get(name) for curve in runs])))
         seen = statistics.mean(curve[-1]["images"] for curve in runs)
         step = statistics.median(1000 * curve[-1]["seconds"] / curve[-1]["step"] for curve in runs)
         kept = kept_for_backward(arm, batch, options) / 2**20
