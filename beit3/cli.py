@@ -128,8 +128,9 @@ def _prepare_corpus(arguments: Arguments) -> None:
         """Make and index shards; say what was left out and why.
 
         Finetuning sets: beit3 prepare SET ROOT writes index files from the files as published, where SET is
-        coco-captions, coco-retrieval, flickr30k, vqav2, nlvr2, nocaps, imagenet or image-folder; beit3 prepare SET
-        --help says more. Nothing is downloaded. Indexes of the released code (*.jsonl) need no preparation.
+        coco-captions, coco-retrieval, flickr30k, vqav2, nlvr2, nocaps, imagenet, image-folder, coco-detection or
+        ade20k; beit3 prepare SET --help says more. Nothing is downloaded. Indexes of the released code (*.jsonl) need
+        no preparation.
 
         Args:
             kind: what the samples are; `emoji` writes the embedded corpus and takes no sources.
@@ -229,6 +230,20 @@ def _answer(arguments: Arguments) -> None:
     _call(answer, arguments, "beit3 answer")
 
 
+def _detect(arguments: Arguments) -> None:
+    """Find objects in pictures: beit3 detect PICTURE|FOLDER ... --model SOURCE [--out FOLDER]."""
+    from beit3.search.dense import detect
+
+    _call(detect, arguments, "beit3 detect")
+
+
+def _segment(arguments: Arguments) -> None:
+    """Name every pixel of pictures: beit3 segment PICTURE|FOLDER ... --model SOURCE [--out FOLDER]."""
+    from beit3.search.dense import segment
+
+    _call(segment, arguments, "beit3 segment")
+
+
 def _evaluate(arguments: Arguments) -> None:
     """Measure a checkpoint: beit3 evaluate CHECKPOINT --data INDEX.jsonl [--task TASK] [--out FOLDER]."""
     from beit3.evaluate import evaluate
@@ -300,6 +315,8 @@ VERBS: dict[str, Callable[[Arguments], None]] = {
     "search": _search,
     "caption": _caption,
     "answer": _answer,
+    "detect": _detect,
+    "segment": _segment,
 }
 
 

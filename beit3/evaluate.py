@@ -31,24 +31,32 @@ from beit3.evaluation_parts import claim_folder, make_parts, read_parts
 from beit3.finetune.captioning import Captioning, CaptioningConfig
 from beit3.finetune.classification import Classification, ClassificationConfig
 from beit3.finetune.common import FinetuneTask, Predictions
+from beit3.finetune.detection import Detection, DetectionConfig
 from beit3.finetune.image_tower import TIMM, Pooling
 from beit3.finetune.index_task import BatchedExamples
 from beit3.finetune.nlvr2 import NLVR2, NLVR2Config
 from beit3.finetune.retrieval import Retrieval, RetrievalConfig
+from beit3.finetune.segmentation import Segmentation, SegmentationConfig
 from beit3.finetune.vqa import VQA, VQAConfig
 from beit3.model.build import AnyModel
+from beit3.model.detection import DetectionSettings
 from beit3.model.heads import RetrievalModel, SuperClassModel
+from beit3.model.sliding_window import SlidingConfig
 from beit3.model.transformer import MultiwayTransformer
 from beit3.predict import Predictor, load
 from beit3.train.distributed import Ranks, join_ranks
 from beit3.yardsticks import YARDSTICKS, Yardstick, measure_tower
 from beit3.zero_shot import measure_zero_shot
 
-TaskName = Literal["classification", "vqa", "nlvr2", "captioning", "retrieval"]
+TaskName = Literal["classification", "vqa", "nlvr2", "captioning", "retrieval", "detection", "segmentation"]
 _PARTS = "parts"
 _METRICS = "metrics.json"
 _PREDICTIONS = "predictions.jsonl"
 _SUBMISSION = "submission.json"
+_OF_IMAGES = ("classification", "detection", "segmentation")
+"""Tasks that read no text."""
+_LEAST_SCORE, _LEAST_SOFT_SCORE = 0.05, 0.001
+"""Of detections that count; lowered scores still order what overlaps (detectron2's settings)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +87,12 @@ class Evaluation:
     """names of the classes or answers, in the order of the model's outputs; zero_shot: of the index's classes."""
     num_beams: int = 3
     """beams of captions."""
+    scales: tuple[float, ...] = (1.0,)
+    """detection, segmentation: sizes at which a picture is looked at, relative to the usual one."""
+    flip: bool = False
+    """detection, segmentation: look at mirror images as well."""
+    soft_nms: bool = False
+    """detection: lower the scores of overlapping boxes instead of dropping them."""
     prompts: Prompts = "imagenet"
     """zero_shot: texts that names are put into."""
     pooling: Pooling = "auto"
@@ -118,7 +132,7 @@ def _run_task(asked: Evaluation, ranks: Ranks) -> dict[str, float]:
         tokenizer=asked.tokenizer,
         labels=asked.labels,
     )
-    task = build_evaluated(predictor, asked.task, asked.num_beams)
+    task = build_evaluated(predictor, asked.task, asked.num_beams, _looks(asked))
     if isinstance(task, VQA):
         _check_answers(predictor, asked.data)
     examples = task.examples([asked.data], training=False)
@@ -132,6 +146,7 @@ def _run_task(asked: Evaluation, ranks: Ranks) -> dict[str, float]:
         "image_size": list(task.preprocess.image_size),
         "ranks": ranks.world_size,
         "num_beams": asked.num_beams,
+        **_looks(asked),
     }
     if ranks.is_main:
         claim_folder(asked.out, settings, asked.overwrite)
@@ -173,13 +188,21 @@ def _run_zero_shot(asked: Evaluation, ranks: Ranks) -> dict[str, float]:
     )
 
 
-def build_evaluated(predictor: Predictor, task: str | None, num_beams: int = 3) -> FinetuneTask[Any, Any]:
+def _looks(asked: Evaluation) -> dict[str, Any]:
+    """How detection and segmentation look at pictures."""
+    return {name: getattr(asked, name) for name in ("scales", "flip", "soft_nms")}
+
+
+def build_evaluated(
+    predictor: Predictor, task: str | None, num_beams: int = 3, looks: Mapping[str, Any] | None = None
+) -> FinetuneTask[Any, Any]:
     """Put a loaded model into the Task that measures it.
 
     Args:
         predictor: model, tokenizer and names of its outputs.
         task: which; None: that of the model. `retrieval` takes any model that reads pictures and texts.
         num_beams: of captions.
+        looks: how detection and segmentation look at pictures; None: once, as they are.
 
     Raises:
         ConfigError: the model is of another task, or lacks the tokenizer that the task needs.
@@ -187,10 +210,14 @@ def build_evaluated(predictor: Predictor, task: str | None, num_beams: int = 3) 
     wanted, model = _measured_model(predictor.model, task)
     config, kind = _TASKS[wanted]
     fields: dict[str, Any] = {"model": model.model_config, "preprocess": predictor.preprocess}
+    if wanted in _OF_IMAGES:
+        fields |= {"num_classes": num_outputs(model)}
     if wanted == "classification":
-        fields |= {"num_classes": model.head.out_features, "mixup": 0.0, "cutmix": 0.0}
+        fields |= {"mixup": 0.0, "cutmix": 0.0}
+    if wanted in ("detection", "segmentation"):
+        fields |= _dense_fields(wanted, looks or {})
     with tempfile.TemporaryDirectory() as place:  # Tasks read their tokenizer and answers from files
-        if wanted != "classification":
+        if wanted not in _OF_IMAGES:
             predictor.tokenizer.save(Path(place, "tokenizer.spm"))
             fields |= {"text_tokenizer": Path(place, "tokenizer.spm")}
             fields |= {"max_text_length": predictor.preprocess.max_text_length}
@@ -203,6 +230,16 @@ def build_evaluated(predictor: Predictor, task: str | None, num_beams: int = 3) 
         made: FinetuneTask[Any, Any] = kind(config(**fields), model)
     made.labels = predictor.labels
     return made.eval()
+
+
+def _dense_fields(task: str, looks: Mapping[str, Any]) -> dict[str, Any]:
+    """How pictures are looked at, as the configuration of the Task says it."""
+    scales, flip = tuple(looks.get("scales", (1.0,))), bool(looks.get("flip", False))
+    if task == "segmentation":
+        return {"slide": SlidingConfig(ratios=scales, flip=flip)}
+    soft = bool(looks.get("soft_nms", False))
+    settings = DetectionSettings(soft_nms=soft, score_threshold=_LEAST_SOFT_SCORE if soft else _LEAST_SCORE)
+    return {"scales": scales, "flip": flip, "settings": settings}
 
 
 def _measured_model(model: AnyModel, task: str | None) -> tuple[str, Any]:
@@ -298,6 +335,9 @@ def _write(place: Path, values: object) -> None:
 
 def _check_options(asked: Evaluation) -> None:
     """Refuse options that the task would not look at."""
+    if asked.task not in (None, "detection", "segmentation"):
+        odd = [name for name, value in _looks(asked).items() if value not in (False, (1.0,))]
+        require(not odd, f"--{'/--'.join(odd).replace('_', '-')} are for detection and segmentation: leave them out")
     yardsticks = ", ".join(YARDSTICKS)
     if asked.task in YARDSTICKS:
         require(
@@ -337,4 +377,6 @@ _TASKS: dict[str, tuple[Any, Any]] = {
     "nlvr2": (NLVR2Config, NLVR2),
     "captioning": (CaptioningConfig, Captioning),
     "retrieval": (RetrievalConfig, Retrieval),
+    "detection": (DetectionConfig, Detection),
+    "segmentation": (SegmentationConfig, Segmentation),
 }

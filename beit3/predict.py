@@ -9,6 +9,7 @@ import itertools
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
@@ -25,6 +26,7 @@ from beit3.data.preprocess import Preprocess, prepare_text
 from beit3.data.source import TOKENIZER_FILE, find_source, num_outputs
 from beit3.errors import ConfigError
 from beit3.model.build import AnyModel
+from beit3.model.detection import DetectionModel, Detections, DetectionSettings, paste_masks
 from beit3.model.heads import (
     CaptioningModel,
     ClassificationModel,
@@ -34,8 +36,11 @@ from beit3.model.heads import (
     SuperClassModel,
     VQAModel,
 )
+from beit3.model.multi_scale import detect_image
 from beit3.model.presets import BOS, EOS
 from beit3.model.pretrained import Part
+from beit3.model.segmentation import SegmentationModel
+from beit3.model.sliding_window import SlidingConfig, segment_image
 from beit3.model.store import load_model
 from beit3.model.transformer import MultiwayTransformer, Output
 from beit3.tokenizer.subwords import WordList
@@ -44,6 +49,28 @@ from beit3.train.distributed import choose_device
 
 Ranking = list[tuple[str, float]]
 """Names with their scores, best first."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FoundObject:
+    """One object that was found in a picture."""
+
+    name: str
+    score: float
+    """In 0..1."""
+    box: tuple[float, float, float, float]
+    """Left, top, right, bottom in pixels of the picture."""
+    shape: Tensor
+    """(28, 28) float on the CPU, probabilities over the box."""
+    picture_size: tuple[int, int]
+    """H and W of the picture."""
+
+    @property
+    def mask(self) -> Tensor:
+        """(H, W) bool, True on the object; made when it is asked for, since a hundred of them may fill the memory."""
+        return paste_masks(self.shape[None], torch.tensor([self.box]), self.picture_size)[0]
+
+
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 M = TypeVar("M")
@@ -210,7 +237,7 @@ class Predictor:
         _check_top(top)
         model = self._needs(ClassificationModel, "classify")
         logits = self._rows(images, model)
-        return self._ranked(logits.softmax(-1), top, "class")
+        return self._ranked(logits.softmax(-1), top)
 
     @torch.no_grad()
     def predict_words(self, images: Iterable[ImageInput], top: int = 10) -> list[Ranking]:
@@ -229,6 +256,67 @@ class Predictor:
             [(self.words.subwords.word(index), value) for index, value in zip(indices, row, strict=True)]
             for indices, row in zip(found.tolist(), values.tolist(), strict=True)
         ]
+
+    @torch.no_grad()
+    def detect(
+        self,
+        images: Iterable[ImageInput],
+        *,
+        score_threshold: float = 0.5,
+        max_detections: int = 100,
+        soft_nms: bool = False,
+        scales: Sequence[float] = (1.0,),
+        flip: bool = False,
+    ) -> list[list[FoundObject]]:
+        """Find the objects of pictures of any size.
+
+        Args:
+            images: pictures.
+            score_threshold: least score.
+            max_detections: most objects of a picture.
+            soft_nms: lower the scores of overlapping boxes instead of dropping them.
+            scales: sizes at which a picture is looked at, relative to the model's; what is found is merged.
+            flip: look at mirror images as well.
+
+        Returns:
+            for each picture its objects, best first.
+
+        Raises:
+            ConfigError: the model does not detect, or a setting is out of range.
+        """
+        model = self._needs(DetectionModel, "detect")
+        settings = DetectionSettings(score_threshold=score_threshold, max_detections=max_detections, soft_nms=soft_nms)
+        names = self.output_names()
+        return [
+            self._objects(detect_image(model, self.preprocess, picture, settings, scales, flip=flip), picture, names)
+            for picture in self._opened(images)
+        ]
+
+    @torch.no_grad()
+    def segment(
+        self, images: Iterable[ImageInput], *, scales: Sequence[float] = (1.0,), flip: bool = False
+    ) -> list[Tensor]:
+        """Name every pixel of pictures of any size.
+
+        Args:
+            images: pictures.
+            scales: sizes at which a picture is looked at, relative to the usual one; probabilities are averaged.
+            flip: look at mirror images as well.
+
+        Returns:
+            for each picture (H, W) int64 on the CPU, the numbers of `labels`, at the picture's own size.
+
+        Raises:
+            ConfigError: the model does not segment, or a setting is out of range.
+        """
+        model = self._needs(SegmentationModel, "segment")
+        settings = SlidingConfig(ratios=tuple(scales), flip=flip)
+        return [segment_image(model, self.preprocess, picture, settings).cpu() for picture in self._opened(images)]
+
+    def output_names(self) -> list[str]:
+        """Names of the classes or answers; numbers where the model came without."""
+        kind = "answer" if isinstance(self.model, VQAModel) else "class"
+        return list(self.labels or [f"{kind} {number}" for number in range(num_outputs(self.model))])
 
     @overload
     def answer(self, image: ImageInput, question: str, top: int = 5) -> Ranking: ...  # type: ignore[overload-overlap]
@@ -259,7 +347,7 @@ class Predictor:
         for batch in self._image_batches(_rows_of(image, question)):
             pictures, questions = zip(*batch, strict=True)
             ids, mask = self._ids(questions)
-            found += self._ranked(model(self._pixels(pictures), ids, mask).float().sigmoid().cpu(), top, "answer")
+            found += self._ranked(model(self._pixels(pictures), ids, mask).float().sigmoid().cpu(), top)
         return found if _is_many(image) else found[0]
 
     @overload
@@ -428,12 +516,26 @@ class Predictor:
         pixels = torch.stack([self.preprocess(open_image(image, self._allow_urls)) for image in images])
         return self.preprocess.normalize(pixels.to(self._device)).to(self._dtype)
 
+    def _opened(self, images: Iterable[ImageInput]) -> Iterator[Image.Image]:
+        """Pictures at their own size, one after the other."""
+        return (open_image(image, self._allow_urls) for image in _many(images))
+
+    @staticmethod
+    def _objects(found: Detections, picture: Image.Image, names: Sequence[str]) -> list[FoundObject]:
+        """What was found in a picture, by name."""
+        size = (picture.height, picture.width)
+        boxes, scores, labels = found.boxes.tolist(), found.scores.tolist(), found.labels.tolist()
+        return [
+            FoundObject(names[label], score, (box[0], box[1], box[2], box[3]), shape, size)
+            for label, score, box, shape in zip(labels, scores, boxes, found.masks.float().cpu(), strict=True)
+        ]
+
     def _image_batches(self, items: Iterable[T]) -> Iterator[list[T]]:
         return _chunks(items, self._images_at_once)
 
-    def _ranked(self, scores: Tensor, top: int, kind: str) -> list[Ranking]:
+    def _ranked(self, scores: Tensor, top: int) -> list[Ranking]:
         """The best `top` of scores (n, outputs), by name."""
-        names = self.labels or [f"{kind} {number}" for number in range(scores.shape[-1])]
+        names = self.output_names()
         values, found = scores.topk(min(top, scores.shape[-1]))
         return [
             [(names[index], value) for index, value in zip(indices, row, strict=True)]

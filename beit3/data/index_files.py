@@ -13,12 +13,13 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Self, TypeVar, overload
+from typing import Any, ClassVar, Generic, Self, TypeGuard, TypeVar, overload
 
 import numpy as np
 from PIL import Image
@@ -37,6 +38,8 @@ LEFT_OUT = "left_out"
 """Begins the names of the shares of rows that a figure leaves out."""
 _EXAMPLES = 3
 """Places that are named for each reason of leaving rows out."""
+_LARGEST = sys.float_info.max
+"""Of a float; compared with it, NaN and whole numbers of any length give no error."""
 
 logger = logging.getLogger(__name__)
 
@@ -231,6 +234,39 @@ class Fields:
             raise BadSampleError(f"invalid_{name}", "no string")
         return value or ""
 
+    def flag(self, name: str) -> bool:
+        """True or false; absent and null count as false (`invalid_NAME`)."""
+        value = self._values.get(name)
+        if value is not None and not isinstance(value, bool):
+            raise BadSampleError(f"invalid_{name}", "neither true nor false")
+        return bool(value)
+
+    def has(self, name: str) -> bool:
+        """Tell whether a field is there and not null."""
+        return self._values.get(name) is not None
+
+    def number(self, name: str) -> float:
+        """A finite number (`missing_NAME`, `invalid_NAME`)."""
+        value = self.required(name)
+        if not is_number(value):
+            raise BadSampleError(f"invalid_{name}", str(value))
+        return float(value)
+
+    def parts(self, name: str) -> list[Fields]:
+        """A list of JSON objects, each with typed access; others are dropped and counted (`invalid_NAME`)."""
+        found = []
+        for value in self.several(name):
+            if isinstance(value, dict):
+                found.append(Fields(value, self._folder, self._checks))
+            else:
+                self.drop(f"invalid_{name}")
+        return found
+
+    def drop(self, reason: str) -> None:
+        """Count a part that is left out of a row that stays."""
+        if self._checks:
+            self._checks.dropped.append(reason)
+
     def identifier(self) -> str:
         """An identifier in NLVR2's form, which tells the sentence (`missing_identifier`, `invalid_identifier`)."""
         value = self.required("identifier")
@@ -254,8 +290,7 @@ class Fields:
             try:
                 kept.append(clean_text(value))
             except BadSampleError as error:
-                if self._checks:
-                    self._checks.dropped.append(error.reason)
+                self.drop(error.reason)
         return tuple(kept)
 
     def text(self, what: str = "caption") -> Text:
@@ -484,6 +519,11 @@ def _json_object(line: bytes) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise BadSampleError("malformed_line", "no JSON object")
     return values
+
+
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Tell whether a value is a finite number that a float holds; a bool is none."""
+    return type(value) in (int, float) and abs(value) <= _LARGEST  # type: ignore[arg-type]
 
 
 def _is_share(value: object) -> bool:

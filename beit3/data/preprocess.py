@@ -131,7 +131,7 @@ class Preprocess:
         return (inside if self.resize == "pad" else around)(size, self.image_size)
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """Resize an RGB picture of any size to uint8 (3, H, W); under `slide` H and W differ from picture to picture."""
+        """Resize an RGB picture of any size to uint8 (3, H, W); under `slide` pictures differ in H and W."""
         height, width = self.image_size
         if self.resize == "pad":
             return to_tensor(letterbox(image, height, width, self.fill))

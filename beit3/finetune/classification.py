@@ -21,7 +21,7 @@ from beit3.config import Run, config, replace, require
 from beit3.data.augment import ClassificationView, ClassificationViewConfig, erase_at_random
 from beit3.data.index_files import ClassificationRow, Index, read_index, read_picture
 from beit3.data.labels import find_labels, read_labels
-from beit3.finetune.common import Batch, FinetuneConfig, FinetuneTask, Predictions
+from beit3.finetune.common import Batch, FinetuneConfig, FinetuneTask, Predictions, count_classes
 from beit3.metrics.accuracy import class_ranks, topk_accuracy
 from beit3.model.heads import ClassificationModel
 from beit3.train.task import Loader
@@ -102,7 +102,7 @@ class Classification(FinetuneTask[ClassificationConfig, ClassificationBatch]):
 
     def __init__(self, config: ClassificationConfig, model: ClassificationModel | None = None) -> None:
         labels = None if config.labels is None else read_labels(config.labels)
-        self.num_classes = _count_classes(config, labels)
+        self.num_classes = count_classes(config.num_classes, labels, config.labels, least=2)
         super().__init__(config, model, labels, num_classes=self.num_classes)
         self.model.backbone.freeze_unreached(images=True, texts=False, pairs=False)
         self._view = ClassificationView(config.view, self.preprocess)
@@ -156,16 +156,3 @@ class Classification(FinetuneTask[ClassificationConfig, ClassificationBatch]):
     def measure(self, predictions: Predictions) -> dict[str, float]:
         """Accuracy of the first and of the first five guesses."""
         return topk_accuracy(torch.tensor([row["rank"] for row in predictions]))
-
-
-def _count_classes(config: ClassificationConfig, labels: Sequence[str] | None) -> int:
-    """How many classes there are, by number or by name; both must agree."""
-    named, given = None if labels is None else len(labels), config.num_classes
-    require(named is None or named >= 2, f"{config.labels} names {named} classes: a classification needs two")
-    require(
-        named is None or given is None or named == given,
-        f"{config.labels} names {named} classes, num_classes is {given}",
-    )
-    count = named or given
-    assert count is not None
-    return count

@@ -201,3 +201,23 @@ def pad_texts(texts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)
     lengths = torch.tensor([len(row) for row in rows])
     return ids, torch.arange(ids.shape[1]) < lengths[:, None]
+
+
+def count_classes(given: int | None, labels: Sequence[str] | None, path: Path | None, least: int = 1) -> int:
+    """How many classes there are, by number or by name; both must agree.
+
+    Args:
+        given: their number, if it is known.
+        labels: their names, if they are known; one of the two must be.
+        path: where the names are from, for errors.
+        least: fewest that make sense.
+
+    Raises:
+        ConfigError: names and number disagree, or there are too few.
+    """
+    named = None if labels is None else len(labels)
+    require(named is None or named >= least, f"{path} names {named} classes: {least} are needed")
+    require(named is None or given is None or named == given, f"{path} names {named} classes, num_classes is {given}")
+    count = named or given
+    assert count is not None
+    return count

@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 from beit3.config import nearest, require
 from beit3.errors import ConfigError
+from beit3.model.detection import DetectionModel
 from beit3.model.heads import (
     CaptioningModel,
     ClassificationModel,
@@ -20,6 +21,7 @@ from beit3.model.heads import (
     VQAModel,
 )
 from beit3.model.presets import ModelConfig, model_config
+from beit3.model.segmentation import SegmentationHead, SegmentationModel
 from beit3.model.task_model import TaskModel
 from beit3.model.transformer import MultiwayTransformer
 
@@ -33,6 +35,8 @@ AnyModel = (
     | CaptioningModel
     | SuperClassModel
     | ClipModel
+    | DetectionModel
+    | SegmentationModel
 )
 _TASKS: dict[str, type[TaskModel]] = {
     "pretraining": PretrainingModel,
@@ -43,10 +47,17 @@ _TASKS: dict[str, type[TaskModel]] = {
     "nlvr2": NLVR2Model,
     "superclass": SuperClassModel,
     "clip": ClipModel,
+    "detection": DetectionModel,
+    "segmentation": SegmentationModel,
 }
 _TEXT_TOWER = ("text_width", "text_layers", "text_heads", "embed_width")
-_CHOICES: dict[str, tuple[str, ...]] = {"pooling": get_args(Pooling), "loss": get_args(ContrastiveLoss)}
-_HEAD_OPTIONS = ("codebook_size", "num_classes", "num_answers", "num_words", *_TEXT_TOWER, *_CHOICES)
+_DENSE = ("stages", "pyramid_width", "head_width", "num_maps", "num_queries", "window_size", "num_global_layers")
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "pooling": get_args(Pooling),
+    "loss": get_args(ContrastiveLoss),
+    "head": get_args(SegmentationHead),
+}
+_HEAD_OPTIONS = ("codebook_size", "num_classes", "num_answers", "num_words", *_TEXT_TOWER, *_DENSE, *_CHOICES)
 
 
 def build_model(config: ModelConfig, task: str | None = None, /, **head_options: Any) -> AnyModel:
@@ -79,10 +90,11 @@ def create_model(name: str, task: str | None = None, attention: str = "shared", 
     Args:
         name: such as `beit3_base_patch16_224`; see `list_models`.
         task: None for the backbone alone, or "pretraining", "retrieval", "classification", "vqa", "nlvr2",
-            "captioning", "superclass", "clip".
+            "captioning", "superclass", "clip", "detection", "segmentation".
         attention: "shared" or "decoupled".
         **config: further fields of `ModelConfig`; `codebook_size` for pretraining, `num_classes` for classification,
-            `num_answers` for vqa, `num_words` for superclass; those of `ClipModel` for clip, `loss` for retrieval.
+            `num_answers` for vqa, `num_words` for superclass; those of `ClipModel` for clip, `loss` for retrieval,
+            those of `DetectionModel` and `SegmentationModel` for detection and segmentation.
 
     Raises:
         ConfigError: unknown name, task or field; the message holds the nearest valid one.

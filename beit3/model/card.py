@@ -17,10 +17,15 @@ _VERBS = {
     "nlvr2": ("visual-question-answering", 'predictor.reason("left.png", "right.png", "both show a cat")'),
     "superclass": ("image-classification", 'predictor.predict_words(["picture.png"])'),
     "captioning": ("image-to-text", 'predictor.caption(["picture.png"])'),
+    "detection": ("object-detection", 'predictor.detect(["picture.png"])'),
+    "segmentation": ("image-segmentation", 'predictor.segment(["picture.png"])'),
 }
+_OF_IMAGES = ("detection", "segmentation")
+"""Tasks whose models read no texts."""
+_OF_TEXTS = "- It reads English unless it was trained on other languages, and texts of {text} tokens at most.\n"
 _LIMITS = """\
 - It repeats the biases of the pictures and texts it was trained on; look at its answers before you rely on them.
-- It reads English unless it was trained on other languages, and texts of {text} tokens at most.
+{texts}\
 - Pictures are seen at {height} x {width} pixels: small writing and small things are lost.
 - It states no source for its answers and was not tested for decisions about people."""
 
@@ -44,6 +49,7 @@ def model_card(
     shape, task = settings["model"], settings["task"]
     height, width = shape["image_size"]
     pipeline, call = _VERBS[task]
+    texts = "" if task in _OF_IMAGES else _OF_TEXTS.format(text=shape["max_text_positions"] - 2)
     head = ModelCardData(
         license=licence or "other", library_name="beit3", pipeline_tag=pipeline, tags=["beit3", task or "backbone"]
     )
@@ -72,7 +78,7 @@ def model_card(
         "",
         "## Limits",
         "",
-        _LIMITS.format(text=shape["max_text_positions"] - 2, height=height, width=width),
+        _LIMITS.format(texts=texts, height=height, width=width),
         "",
         "## Licence",
         "",

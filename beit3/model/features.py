@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 
-from timm.models import FeatureInfo
 from torch import Tensor, nn
 
 from beit3.config import replace, require
@@ -38,6 +37,8 @@ class FeatureBackbone(nn.Module):
     """
 
     def __init__(self, model: MultiwayTransformer | TaskModel, out_indices: int | Sequence[int] = 3) -> None:
+        from timm.models import FeatureInfo  # with torchvision: only those who ask for it wait
+
         super().__init__()
         backbone = model if isinstance(model, MultiwayTransformer) else model.backbone
         config = backbone.config

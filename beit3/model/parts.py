@@ -21,6 +21,8 @@ _HEADS: dict[str, dict[Part, tuple[str, ...]]] = {
     "clip": {"vision": ("vision_head",), "text": ("language_head",)},
     "classification": {"vision": ("fc_norm", "head")},
     "superclass": {"vision": ("word_head",)},
+    "detection": {"vision": ("pyramid", "rpn", "roi_heads")},
+    "segmentation": {"vision": ("pyramid", "head")},
 }
 """Heads that each tower keeps; tasks that are not named need both towers."""
 

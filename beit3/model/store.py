@@ -39,6 +39,8 @@ _FREE = ("drop_path", "activation_checkpointing", "final_norm")
 """Settings of a backbone that its weights may be taken to others of."""
 _OF_TEXTS = ("vocab_size", "max_text_positions", "fusion_layers")
 """Settings that images alone do not meet."""
+_IMAGES_ALONE = ("clip", "detection", "segmentation")
+"""Task models whose backbone reads images alone."""
 _WITHOUT_FINAL_NORM = ("classification", "vqa")
 """Released task models that have no norm after the last block."""
 logger = logging.getLogger(__name__)
@@ -218,7 +220,7 @@ def _backbone_part(stored: _Stored) -> Part | None:
     """The one modality that the backbone of a source reads; None: both."""
     if stored.task == "clip" and stored.part == "text":
         raise ConfigError("it holds the text tower of a clip model alone: there is no backbone in it")
-    return "vision" if stored.task == "clip" else stored.part
+    return "vision" if stored.task in _IMAGES_ALONE else stored.part
 
 
 def _fill(stored: _Stored, part: Part | None, strict: bool, source: str) -> AnyModel:

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from beit3.cli import run_command
+from beit3.data.dense_rows import DetectionRow, SegmentationRow
 from beit3.data.finetuning import FINETUNING_SETS
 from beit3.data.index_files import (
     CaptioningRow,
@@ -107,6 +108,26 @@ def make_image_folder(root: Path) -> None:
     draw(root, *(f"{kind}/{number}.png" for kind in ("cat", "dog") for number in range(4)))
 
 
+def make_coco_detection(root: Path) -> None:
+    """Two training images, one to validate on."""
+    for split, numbers in (("train2017", (1, 2)), ("val2017", (3,))):
+        draw(root, *(f"{split}/{number}.jpg" for number in numbers))
+        content = {
+            "images": [{"id": number, "file_name": f"{number}.jpg", "height": 6, "width": 8} for number in numbers],
+            "annotations": [
+                {"id": number, "image_id": number, "category_id": 7, "bbox": [1, 1, 4, 3]} for number in numbers
+            ],
+            "categories": [{"id": 7, "name": "train"}, {"id": 3, "name": "car"}],
+        }
+        write(root / "annotations" / f"instances_{split}.json", content)
+
+
+def make_ade20k(root: Path) -> None:
+    for split, folder in (("train", "training"), ("val", "validation")):
+        name = f"{folder}/ADE_{split}_00000001"
+        draw(root, f"ADEChallengeData2016/images/{name}.jpg", f"ADEChallengeData2016/annotations/{name}.png")
+
+
 MADE = {
     "coco-captions": make_coco,
     "coco-retrieval": make_coco,
@@ -116,6 +137,8 @@ MADE = {
     "nocaps": make_nocaps,
     "imagenet": make_imagenet,
     "image-folder": make_image_folder,
+    "coco-detection": make_coco_detection,
+    "ade20k": make_ade20k,
 }
 MORE = {"vqav2": ["--min-answer-count", "2"], "image-folder": ["--val-share", "0.25"]}
 EXPECTED: dict[str, dict[str, tuple[type[Row], int]]] = {
@@ -150,7 +173,10 @@ EXPECTED: dict[str, dict[str, tuple[type[Row], int]]] = {
     "nocaps": {"nocaps.val": (CaptioningRow, 1), "nocaps.test": (CaptioningRow, 1)},
     "imagenet": {"imagenet.train.index": (ClassificationRow, 2), "imagenet.val.index": (ClassificationRow, 1)},
     "image-folder": {"image_folder.train": (ClassificationRow, 6), "image_folder.val": (ClassificationRow, 2)},
+    "coco-detection": {"coco_detection.train": (DetectionRow, 2), "coco_detection.val": (DetectionRow, 1)},
+    "ade20k": {"ade20k.train": (SegmentationRow, 1), "ade20k.val": (SegmentationRow, 1)},
 }
+BESIDE = {"coco-detection": {"categories.json"}}
 
 
 def complaint(arguments: list[str], code: int, capsys: pytest.CaptureFixture[str]) -> str:
@@ -187,10 +213,8 @@ def test_training_reads_what_prepare_writes(
         for row in index:
             assert read_picture(row.image_path).size == (8, 6)
     new = {path for path in out.rglob("*") if path.is_file()} - before
-    labels = {"labels.json"} if num_labels else set()
-    assert {path.name for path in new} == {f"{name}.jsonl" for name in EXPECTED[kind]} | labels | {
-        f"{kind}.prepare.json"
-    }
+    beside = ({"labels.json"} if num_labels else set()) | BESIDE.get(kind, set()) | {f"{kind}.prepare.json"}
+    assert {path.name for path in new} == {f"{name}.jsonl" for name in EXPECTED[kind]} | beside
     assert before <= {path for path in Path("root").rglob("*") if path.is_file()}
 
 

@@ -5,6 +5,8 @@ One file a set; docs/finetuning_data.md says where people unpack what, and what 
 
 from collections.abc import Callable
 
+from beit3.data.finetuning.ade20k import prepare_ade20k
+from beit3.data.finetuning.coco_detection import prepare_coco_detection
 from beit3.data.finetuning.image_folders import prepare_image_folder, prepare_imagenet
 from beit3.data.finetuning.index_writer import IndexReport
 from beit3.data.finetuning.karpathy import prepare_coco_captions, prepare_coco_retrieval, prepare_flickr30k
@@ -23,5 +25,7 @@ FINETUNING_SETS: dict[str, Callable[..., IndexReport]] = {
     "nocaps": prepare_nocaps,
     "imagenet": prepare_imagenet,
     "image-folder": prepare_image_folder,
+    "coco-detection": prepare_coco_detection,
+    "ade20k": prepare_ade20k,
 }
 """What `beit3 prepare` calls for each set: `function(root, *, out, overwrite, ...)`."""

@@ -115,6 +115,7 @@ class IndexWriter:
         files: Mapping[str, str],
         *,
         labels: str = "",
+        beside: Sequence[str] = (),
         published: Mapping[str, Mapping[str, int]] | None = None,
         options: Mapping[str, Any] | None = None,
         overwrite: bool = False,
@@ -127,6 +128,7 @@ class IndexWriter:
             out: folder to write; None is `root`, as in the released code.
             files: file name of each split's index.
             labels: what `labels.json` lists (`answers`); none is written if empty.
+            beside: names of further small files of the set; each is given to `set_beside`.
             published: published counts by split (or `labels`) and unit.
             options: what else decides the outcome; kept in the report.
             overwrite: replace the set's files.
@@ -145,6 +147,7 @@ class IndexWriter:
         self.report = IndexReport(kind, str(root), str(self.out), dict(options or {}), parts)
         if labels:
             self.report.labels = Part(LABELS, dict(known.get("labels", {})), note=f"no {labels}")
+        self._beside = dict.fromkeys(beside, b"")
         owner = self._owner_of_labels()
         if labels and owner:
             raise ConfigError(f"{self.out / LABELS} belongs to the indexes of {owner} beside it: choose another --out")
@@ -226,6 +229,11 @@ class IndexWriter:
         part.note, part.rows = "", len(names)
         part.counts[self._unit] = len(names)
 
+    def set_beside(self, name: str, content: bytes) -> None:
+        """Give the content of a file that lies beside the indexes."""
+        assert name in self._beside
+        self._beside[name] = content
+
     def _owner_of_labels(self) -> str:
         """Name of another set in the folder whose indexes need its `labels.json`; empty if there is none."""
         for path in sorted(self.out.glob(f"*{_REPORT}")):
@@ -240,7 +248,7 @@ class IndexWriter:
     def _names(self) -> list[str]:
         """Data files of the set."""
         parts = [*self.report.parts.values(), *([self.report.labels] if self.report.labels else [])]
-        return [part.file for part in parts]
+        return [*(part.file for part in parts), *self._beside]
 
     def _partial(self, name: str) -> Path:
         return self.out / f".{name}.partial"
@@ -255,6 +263,8 @@ class IndexWriter:
                 self._partial(LABELS).write_bytes(labels_file(self._names_of_labels)[LABELS])
             except UnicodeEncodeError as error:
                 raise ConfigError(f"a name in {LABELS} is not UTF-8 ({error}): rename its folder") from error
+        for name, content in self._beside.items():
+            self._partial(name).write_bytes(content)
         report = self.out / f"{self.report.kind}{_REPORT}"
         made = self._partial(report.name)
         made.write_text(json.dumps(asdict(self.report), indent=1), "utf-8")
@@ -264,6 +274,8 @@ class IndexWriter:
                 os.replace(self._partial(part.file), self.out / part.file)
             else:  # of an earlier preparation; it would not fit the other files any more
                 (self.out / part.file).unlink(missing_ok=True)
+        for name in self._beside:
+            os.replace(self._partial(name), self.out / name)
         os.replace(made, report)
 
     def _nothing_usable(self) -> ConfigError | DataMissingError:

@@ -89,7 +89,10 @@ def test_it_is_written_and_read_back(tmp_path: Path, base: ModelConfig) -> None:
         ("{", "is damaged"),
         ("[]", "is damaged"),
         ('{"image_size": 3}', "is damaged"),
-        ('{"image_size": [8, 8], "resize": "stretch"}', "resize must be 'squash' or 'crop' or 'pad' or 'slide', not 'stretch'"),
+        (
+            '{"image_size": [8, 8], "resize": "stretch"}',
+            "resize must be 'squash' or 'crop' or 'pad' or 'slide', not 'stretch'",
+        ),
         ('{"image_size": [8, 8], "std": [0, 1, 1]}', r"std must lie in 0\.001\.\.1"),
         ('{"image_size": [8]}', "image_size must be 2 values"),
         ('{"image_size": [8, 8.5]}', "image_size must be 2 values"),
@@ -173,13 +176,19 @@ def test_a_padded_picture_stands_at_the_top_left_of_the_mean_colour(
     assert seen.shape == (3, 20, 40)
     inside = torch.zeros(20, 40, dtype=torch.bool)
     inside[: placed[0], : placed[1]] = True
-    assert (seen[:, inside].T == torch.tensor([255, 0, 0])).all()
-    assert (seen[:, ~inside].T == torch.tensor([51, 128, 204])).all()
+    assert (torch.tensor([255, 0, 0]) == seen[:, inside].T).all()
+    assert (torch.tensor([51, 128, 204]) == seen[:, ~inside].T).all()
 
 
 @pytest.mark.parametrize(
     ("size", "placed"),
-    [((300, 400), (32, 43)), ((400, 300), (43, 32)), ((10, 10), (32, 32)), ((10, 100), (13, 128)), ((1, 999), (1, 128))],
+    [
+        ((300, 400), (32, 43)),
+        ((400, 300), (43, 32)),
+        ((10, 10), (32, 32)),
+        ((10, 100), (13, 128)),
+        ((1, 999), (1, 128)),
+    ],
 )
 def test_a_picture_to_slide_over_covers_the_window_but_is_four_windows_long_at_most(
     size: tuple[int, int], placed: tuple[int, int]
