@@ -48,6 +48,8 @@ class DetectionConfig(FinetuneConfig):
     head_width: int = 1024
     window_size: int | None = None
     num_global_layers: int = 4
+    boxes_per_image: int = 512
+    """Boxes of each picture that the box heads are trained on."""
     view: DetectionViewConfig = DetectionViewConfig()
     """How training pictures are varied; a view is as large as the model's images."""
     compose: ComposeConfig | None = None
@@ -62,6 +64,7 @@ class DetectionConfig(FinetuneConfig):
     def __post_init__(self) -> None:
         FinetuneConfig.__post_init__(self)
         require(self.num_classes is not None or self.labels is not None, "give num_classes, or labels to count them")
+        require(self.boxes_per_image >= 1, f"boxes_per_image must be at least 1, not {self.boxes_per_image}")
         fits = bool(self.scales) and all(0.1 <= scale <= 4 for scale in self.scales)
         require(fits, f"scales must be one or more within 0.1..4, not {self.scales}")
 
@@ -186,6 +189,7 @@ class Detection(FinetuneTask[DetectionConfig, Any]):
         if config.window_size is not None:
             options |= {"window_size": config.window_size, "num_global_layers": config.num_global_layers}
         super().__init__(config, model, labels, **options)
+        self.model.sample_boxes(config.boxes_per_image)
         self._view = DetectionView(config.view, self.preprocess.image_size, self.preprocess.fill)
         self._categories: list[int] = list(range(1, self.num_classes + 1))
         """Number of each class in the set's own files."""

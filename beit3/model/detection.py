@@ -87,13 +87,16 @@ class DetectionSettings:
     """Lower scores linearly instead of dropping boxes (arXiv 1704.04503)."""
     max_detections: int = 100
     """Most detections of an image."""
+    max_proposals: int = 1000
+    """Most boxes of an image that the box heads look at; what they cost grows with it."""
 
     def __post_init__(self) -> None:
         check_types(self, "detection")
         for name in ("score_threshold", "nms_threshold"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"detection.{name} must lie in 0..1, not {value}")
-        require(self.max_detections >= 1, f"detection.max_detections must be at least 1, not {self.max_detections}")
+        for name in ("max_detections", "max_proposals"):
+            require(getattr(self, name) >= 1, f"detection.{name} must be at least 1, not {getattr(self, name)}")
 
 
 class DetectionModel(DenseModel):
@@ -131,6 +134,11 @@ class DetectionModel(DenseModel):
         self.num_classes = num_classes
         self.rpn = region_proposals((*self.strides, 2 * self.strides[-1]), pyramid_width)
         self.roi_heads = CascadeHeads.build(self.strides, pyramid_width, num_classes, stages, head_width)
+
+    def sample_boxes(self, per_image: int) -> None:
+        """Train the box heads on so many boxes of each image; 512 is usual, and most of what small models cost."""
+        first: Any = self.roi_heads.stages[0]
+        first.fg_bg_sampler.batch_size_per_image = per_image
 
     @property
     def head_options(self) -> dict[str, Any]:
@@ -192,7 +200,7 @@ class DetectionModel(DenseModel):
         settings = settings or DetectionSettings()
         valid = _valid_sizes(images, sizes)
         features = self.features(images)
-        found = [suppress(*x, settings) for x in self.candidates(features, valid, settings.score_threshold)]
+        found = [suppress(*x, settings) for x in self.candidates(features, valid, settings)]
         boxes, scores, labels = (list(x) for x in zip(*found, strict=True))
         masks = self.masks(features, boxes, labels, valid)
         return [Detections(*parts) for parts in zip(boxes, scores, labels, masks, strict=True)]
@@ -203,17 +211,18 @@ class DetectionModel(DenseModel):
         return {**{str(level): x for level, x in enumerate(maps)}, "pool": F.max_pool2d(maps[-1], 1, stride=2)}
 
     def candidates(
-        self, features: Mapping[str, Tensor], sizes: list[tuple[int, int]], score_threshold: float
+        self, features: Mapping[str, Tensor], sizes: list[tuple[int, int]], settings: DetectionSettings
     ) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Boxes (m, 4), scores (m,) and labels (m,) of each image, before suppression.
 
         Args:
             features: as `features` makes them.
             sizes: height and width of each picture on its canvas.
-            score_threshold: least score, itself excluded.
+            settings: what counts as found.
         """
-        proposals, _ = self._propose(features, sizes, None)
-        found = self.roi_heads.candidates(features, proposals, sizes, score_threshold)
+        proposals, _ = self._propose(features, sizes, None)  # best first
+        proposals = [x[: settings.max_proposals] for x in proposals]
+        found = self.roi_heads.candidates(features, proposals, sizes, settings.score_threshold)
         return [(boxes, scores, labels - 1) for boxes, scores, labels in found]
 
     def masks(

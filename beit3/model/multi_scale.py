@@ -95,7 +95,7 @@ def detect_views(
     seen = [model.features(view.pixels[None]) for view in views]
     found = []
     for view, features in zip(views, seen, strict=True):
-        boxes, scores, labels = model.candidates(features, [view.size], settings.score_threshold)[0]
+        boxes, scores, labels = model.candidates(features, [view.size], settings)[0]
         found.append((clip_boxes_to_image(view.to_picture(boxes), picture_size), scores, labels))
     boxes, scores, labels = (torch.cat(parts) for parts in zip(*found, strict=True))
     boxes, scores, labels = suppress(boxes, scores, labels, settings)

@@ -39,6 +39,8 @@ _FREE = ("drop_path", "activation_checkpointing", "final_norm")
 """Settings of a backbone that its weights may be taken to others of."""
 _OF_TEXTS = ("vocab_size", "max_text_positions", "fusion_layers")
 """Settings that images alone do not meet."""
+_KEPT_IN_PART = ("detection", "segmentation")
+"""Task models with much in their heads that does not depend on the classes."""
 _IMAGES_ALONE = ("clip", "detection", "segmentation")
 """Task models whose backbone reads images alone."""
 _WITHOUT_FINAL_NORM = ("classification", "vqa")
@@ -100,6 +102,8 @@ def load_model(
 def fill_model(model: AnyModel, source: str | Path) -> None:
     """Start a model from a saved one: its backbone, and its heads if they are of the same task and sizes.
 
+    Of a detection or segmentation model of other classes all is taken that has the same shape, which the log says.
+
     Positions are interpolated to the model's image size; drop path and the like may differ. Final norms that the model
     does not have are left out, and those that the source does not have stay as they are (as the released code does).
     Where the model or the source reads images alone, as the image tower of a clip model does, only what images run
@@ -125,6 +129,9 @@ def fill_model(model: AnyModel, source: str | Path) -> None:
     if changed := differences(theirs, ours):
         raise ConfigError(f"{source} has another shape than the model of this run: {', '.join(changed)} differ")
     _check_finite(stored.state, str(source))
+    if stored.task == model.task and model.task in _KEPT_IN_PART and not with_heads:
+        _fill_what_fits(model, stored.state, str(source))
+        return
     target, given = (model, stored.state) if with_heads else (backbone, _backbone_state(stored))
     of_part = None if part is None else _names_of_part(own, part)
     norms_differ = stored.config.final_norm != own.final_norm
@@ -136,6 +143,14 @@ def fill_model(model: AnyModel, source: str | Path) -> None:
     state |= {name: value for name, value in target.state_dict().items() if not is_taken(name)}
     check_tensors(state, _shapes(target), f"{source}: its weights")
     target.load_state_dict(state)
+
+
+def _fill_what_fits(model: AnyModel, given: dict[str, Tensor], source: str) -> None:
+    """Take every tensor of the same name and shape."""
+    own = _shapes(model)
+    state = {name: value.float() for name, value in given.items() if own.get(name) == tuple(value.shape)}
+    model.load_state_dict(state, strict=False)
+    logger.warning("%s: random weights in %s", source, listed([name for name in own if name not in state]))
 
 
 def _common_part(stored: Part | None, own: Part | None) -> Part | None:

@@ -117,7 +117,7 @@ def test_a_broken_row_is_left_out_and_counted(folder: Path, broken: Json, reason
 
 
 def test_a_segmentation_row_needs_both_its_files(folder: Path) -> None:
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"image_path": "a.png", "mask_path": "b.png"},
         {"image_path": "a.png", "mask_path": "b.png", "reduce_zero_label": True},
         {"image_path": "a.png", "mask_path": "b.png", "reduce_zero_label": 1},
