@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,7 +37,9 @@ _TRIES = 10
 """Places that are drawn for an object until it covers little enough of the others."""
 _WHITE = 232
 """Darkest channel of what counts as white paper; JPEG and WebP leave it this uneven."""
+T = TypeVar("T")
 _OPAQUE = 128
+_SCENES_OF_AN_EPOCH = 10_000
 _BACKGROUND_SHARE = (0.3, 1.0)
 """Smallest and largest share of a background's area that a scene shows."""
 
@@ -88,6 +90,14 @@ class Scene:
     """(n, H, W): 1 where the object can be seen"""
 
     @property
+    def label_map(self) -> NDArray[np.uint8]:
+        """(H, W): 0 for the background, 1 for the first class."""
+        labels = np.zeros(self.image.size[::-1], np.uint8)
+        for label, mask in zip(self.labels.tolist(), self.masks, strict=True):
+            labels[mask > 0] = label + 1
+        return labels
+
+    @property
     def objects(self) -> tuple[DetectedObject, ...]:
         """The same as rows of detection have it, for `DetectionView`."""
         found = []
@@ -97,6 +107,35 @@ class Scene:
             box = (left, top, right - left, bottom - top)
             found.append(DetectedObject(box, label, False, float(mask.sum()), encode_mask(mask)))
         return tuple(found)
+
+
+class Scenes(Generic[T]):
+    """Scenes that are composed when they are asked for, as the examples of a Task.
+
+    Args:
+        config: what they are made of.
+        view: what a Task sees of a scene.
+        num_classes: of the Task.
+        first: names of classes before those of the objects.
+
+    Raises:
+        ConfigError: scenes have another number of classes.
+    """
+
+    def __init__(
+        self, config: ComposeConfig, view: Callable[[Scene], T], num_classes: int, first: Sequence[str] = ()
+    ) -> None:
+        self._compose, self._view = Composer(config), view
+        names = [*first, *self._compose.names]
+        require(len(names) == num_classes, f"scenes have {len(names)} classes ({', '.join(names)}), not {num_classes}")
+
+    def __len__(self) -> int:
+        """As many as count as an epoch."""
+        return _SCENES_OF_AN_EPOCH
+
+    def load(self, index: int) -> T:
+        """Compose a scene and look at it."""
+        return self._view(self._compose())
 
 
 class Composer:

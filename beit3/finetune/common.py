@@ -22,7 +22,7 @@ from beit3.data.preprocess import Preprocess
 from beit3.errors import ConfigError
 from beit3.finetune.index_task import IndexConfig, IndexTask
 from beit3.model.build import build_model
-from beit3.model.flops import forward_flops
+from beit3.model.flops import forward_flops, unseen_flops
 from beit3.model.packing import Layout
 from beit3.model.presets import PAD, ModelConfig
 from beit3.model.store import fill_model
@@ -153,10 +153,11 @@ class FinetuneTask(IndexTask[B], ABC, Generic[C, B]):
         return self.preprocess.normalize(batch.images)
 
     def work(self, batch: B) -> Work:
-        """Images, tokens and useful operations of a step."""
+        """Images, tokens and useful operations of a step: the transformer's, with its windows; none of the heads'."""
         layout = self.layout(batch)
         tokens = layout.num_images * layout.vision_length + sum(layout.text_lengths)
-        return Work(layout.num_images, tokens, 3 * forward_flops(self.config.model, layout))
+        unseen = layout.num_images * unseen_flops(self.config.model, getattr(self.model, "windows", None))
+        return Work(layout.num_images, tokens, 3 * (forward_flops(self.config.model, layout) - unseen))
 
     def layout(self, batch: B) -> Layout:
         """Which sequences a batch makes: a pair for each picture and text, or pictures alone."""

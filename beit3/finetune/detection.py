@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Self
@@ -15,10 +16,9 @@ import torch
 from torch import Tensor
 
 from beit3.config import Run, config, replace, require
-from beit3.data.compose import ComposeConfig, Composer
+from beit3.data.compose import ComposeConfig, Scene, Scenes
 from beit3.data.dense_rows import DetectionRow, category_ids
 from beit3.data.dense_views import DetectionExample, DetectionView, DetectionViewConfig
-from beit3.data.example_loader import ExampleLoader
 from beit3.data.index_files import Index, read_index, read_picture
 from beit3.data.labels import find_labels, read_labels
 from beit3.data.masks import encode_mask
@@ -29,9 +29,6 @@ from beit3.metrics.detection import average_precision
 from beit3.model.detection import DetectionModel, Detections, DetectionSettings, Target, paste_masks
 from beit3.model.multi_scale import View, detect_views
 from beit3.train.task import Loader
-
-_SCENES = 10_000
-"""Composed scenes that count as an epoch."""
 
 
 @config
@@ -129,25 +126,6 @@ class _TrainingExamples:
         return _side_by_side(examples)
 
 
-class _Scenes:
-    """Scenes that are composed when they are asked for."""
-
-    def __init__(self, composer: Composer, view: DetectionView) -> None:
-        self._compose, self._view = composer, view
-
-    def __len__(self) -> int:
-        return _SCENES
-
-    def load(self, index: int) -> DetectionExample:
-        """Compose a scene and draw a view of it."""
-        scene = self._compose()
-        return self._view(scene.image, scene.objects)
-
-    def collate(self, examples: list[DetectionExample]) -> DetectionBatch:
-        """Lay views side by side."""
-        return _side_by_side(examples)
-
-
 class _HeldOutExamples:
     """Whole pictures of an index, in every size that they are looked at."""
 
@@ -211,22 +189,8 @@ class Detection(FinetuneTask[DetectionConfig, Any]):
         """Endless batches, of the pictures of an index or of composed scenes."""
         if self.config.compose is None:
             return super().train_loader(run, rank, world_size)
-        composer = Composer(self.config.compose)
-        found = len(composer.names)
-        require(
-            found == self.num_classes,
-            f"scenes have {found} classes ({', '.join(composer.names)}), not {self.num_classes}",
-        )
-        scenes = _Scenes(composer, self._view)
-        return ExampleLoader(
-            scenes,
-            scenes.collate,
-            batch_size=self.config.batch_size,
-            seed=run.seed,
-            rank=rank,
-            world_size=world_size,
-            num_workers=run.loop.num_workers,
-        )
+        scenes = Scenes(self.config.compose, partial(_view_scene, self._view), self.num_classes)
+        return self.loader_of(scenes, _side_by_side, run, rank, world_size)
 
     def forward(self, batch: DetectionBatch) -> dict[str, Tensor]:
         """The sum of all losses, and each of them."""
@@ -297,6 +261,10 @@ class Detection(FinetuneTask[DetectionConfig, Any]):
                 views.append(View(images[number], (tall, wide), (tall / row.height, wide / row.width)))
             views += [view.mirror() for view in views] if self.config.flip else []
             yield detect_views(self.model, views, (row.height, row.width), self.config.settings)
+
+
+def _view_scene(view: DetectionView, scene: Scene) -> DetectionExample:
+    return view(scene.image, scene.objects)
 
 
 def _side_by_side(examples: list[DetectionExample]) -> DetectionBatch:

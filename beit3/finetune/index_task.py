@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self, TypeVar
 
@@ -94,9 +94,15 @@ class IndexTask(Task[B], ABC):
             self._examples_to_evaluate(held_out)
             if held_out.resolve() in (path.resolve() for path in paths):
                 logger.warning("%s is trained on and evaluated on: metrics will not tell of unseen examples", held_out)
+        return self.loader_of(examples, examples.collate, run, rank, world_size)
+
+    def loader_of(
+        self, examples: Examples[T], collate: Callable[[list[T]], B], run: Run, rank: int, world_size: int
+    ) -> Loader[B]:
+        """Endless batches of examples, in a new order each epoch."""
         return ExampleLoader(
             examples,
-            examples.collate,
+            collate,
             batch_size=self.config.batch_size,
             seed=run.seed,
             rank=rank,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,9 +16,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from beit3.config import Run, config, replace, require
+from beit3.data.compose import ComposeConfig, Scene, Scenes
 from beit3.data.dense_rows import SegmentationRow
 from beit3.data.dense_views import SegmentationExample, SegmentationView, SegmentationViewConfig
 from beit3.data.index_files import Index, read_index, read_picture
+from beit3.data.label_maps import BACKGROUND
 from beit3.data.labels import find_labels, read_labels
 from beit3.data.masks import read_label_map
 from beit3.data.preprocess import Preprocess
@@ -26,7 +29,7 @@ from beit3.finetune.common import Batch, FinetuneConfig, FinetuneTask, Predictio
 from beit3.metrics.mean_iou import class_iou, confusion, mean_iou
 from beit3.model.segmentation import IGNORED, SegmentationHead, SegmentationModel, UPerNet
 from beit3.model.sliding_window import SlidingConfig, segment_views, views_of
-from beit3.train.task import Loader, Work
+from beit3.train.task import Loader
 
 
 @config
@@ -47,6 +50,9 @@ class SegmentationConfig(FinetuneConfig):
     num_global_layers: int = 4
     view: SegmentationViewConfig = SegmentationViewConfig()
     """How training pictures are varied."""
+    compose: ComposeConfig | None = None
+    """Train on scenes that are composed anew in the run, instead of pictures of `train`; the first class is then
+    "background"."""
     slide: SlidingConfig = SlidingConfig()
     """How pictures are looked at to be evaluated; a window is as large as a training view."""
 
@@ -138,8 +144,7 @@ class _TrainingExamples(_Pictures):
 
     def collate(self, examples: list[SegmentationExample]) -> SegmentationBatch:
         """Lay views side by side."""
-        images = torch.stack([example.image for example in examples])
-        return SegmentationBatch(images, torch.stack([example.labels for example in examples]))
+        return _side_by_side(examples)
 
 
 class _HeldOutExamples(_Pictures):
@@ -192,7 +197,11 @@ class Segmentation(FinetuneTask[SegmentationConfig, Any]):
                 self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
             size, least = self.config.batch_size, 2 if shared else 2 * world_size
             require(size >= least, f"upernet's batch norm needs a batch_size of at least {least}, not {size}")
-        return super().train_loader(run, rank, world_size)
+        if self.config.compose is None:
+            return super().train_loader(run, rank, world_size)
+        view = partial(_view_scene, self._view)
+        scenes = Scenes(self.config.compose, view, self.num_classes, first=[BACKGROUND])
+        return self.loader_of(scenes, _side_by_side, run, rank, world_size)
 
     def forward(self, batch: SegmentationBatch) -> dict[str, Tensor]:
         """Losses of `SegmentationModel.loss`."""
@@ -226,21 +235,6 @@ class Segmentation(FinetuneTask[SegmentationConfig, Any]):
             values: dict[str, float | None] = dict(mean_iou(counts)) if counts.any() else {}
             yield {"image": row["image"], **{name: values.get(name) for name in ("mean_iou", "pixel_accuracy")}}
 
-    def work(self, batch: SegmentationBatch) -> Work:
-        """Images, tokens and useful operations of a step: the transformer's, with its windows; no pyramid, no head."""
-        work = super().work(batch)
-        windows = self.model.windows
-        if windows is None:
-            return work
-        shape = self.config.model
-        sides = [side // shape.patch_size for side in shape.image_size]
-        tokens = 1 + shape.num_patches
-        squares = [side // windows.side * windows.side**2 + (side % windows.side) ** 2 for side in sides]
-        seen = squares[0] * squares[1] + 2 * tokens - 1  # patches see window and class token, that one sees all
-        narrow = shape.num_layers - len(windows.global_layers)
-        unseen = 4 * shape.width * (tokens**2 - seen) * narrow * work.images
-        return Work(work.images, work.tokens, work.flops - 3 * unseen)
-
     def _counts(self, predictions: Predictions) -> Tensor:
         """Add up pixels by label and prediction: (K, K) int64."""
         counts = torch.zeros(self.num_classes, self.num_classes, dtype=torch.int64)
@@ -248,3 +242,12 @@ class Segmentation(FinetuneTask[SegmentationConfig, Any]):
             label, predicted, count = row["confusion"].unbind(1)
             counts[label, predicted] += count  # no pair comes twice in a row
         return counts
+
+
+def _view_scene(view: SegmentationView, scene: Scene) -> SegmentationExample:
+    return view(scene.image, scene.label_map)
+
+
+def _side_by_side(examples: list[SegmentationExample]) -> SegmentationBatch:
+    images = torch.stack([example.image for example in examples])
+    return SegmentationBatch(images, torch.stack([example.labels for example in examples]))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from beit3.model.packing import Layout
 from beit3.model.presets import ModelConfig
+from beit3.model.windows import Windows
 
 
 def forward_flops(
@@ -53,3 +54,12 @@ def forward_flops(
     embedding = 2 * patches * 3 * config.patch_size**2 * width
     heads = 2 * width * (masked_patches * codebook_size + masked_words * config.vocab_size)
     return float(blocks + embedding + heads)
+
+
+def unseen_flops(config: ModelConfig, windows: Windows | None) -> float:
+    """Operations that windows save of the forward pass of one image of the native size."""
+    if windows is None:
+        return 0.0
+    tokens = 1 + config.num_patches
+    narrow = config.num_layers - len(windows.global_layers)
+    return float(4 * config.width * (tokens**2 - windows.pairs(config.grid)) * narrow)

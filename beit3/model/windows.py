@@ -45,6 +45,12 @@ class Windows:
         )
         return cls(side, frozenset(round(num_layers * (part + 1) / num_global) for part in range(num_global)))
 
+    def pairs(self, grid: tuple[int, int]) -> int:
+        """Pairs of tokens of an image that see each other in a layer with windows, class token included."""
+        squares = [length // self.side * self.side**2 + (length % self.side) ** 2 for length in grid]
+        tokens = 1 + grid[0] * grid[1]
+        return squares[0] * squares[1] + 2 * tokens - 1  # patches see window and class token, that one sees all
+
 
 def windowed_attention(qkv: Tensor, grid: tuple[int, int], side: int, num_heads: int, core: Core) -> Tensor:
     """Let patches attend within their windows.

@@ -17,6 +17,7 @@ from torch import nn
 
 import beit3
 from beit3.config import OptimConfig, Run, replace
+from beit3.data.compose import ComposeConfig
 from beit3.data.dense_views import SegmentationViewConfig
 from beit3.data.preprocess import Preprocess
 from beit3.errors import BeitError, ConfigError
@@ -229,6 +230,20 @@ def test_labels_mean_the_same_with_and_without_a_zero_for_the_rest(config: Make,
     plain = other.examples([maps / "maps.test.jsonl"], training=False).load(0).labels
     assert torch.equal(plain == 0, reduced == 255)
     assert torch.equal(plain[plain > 0].int() - 1, reduced[reduced != 255].int())
+
+
+def test_scenes_are_composed_in_the_run(config: Make, maps: Path) -> None:
+    scenes = {"compose": ComposeConfig(size=(24, 24), objects=(2, 4)), "labels": None, "eval": None}
+    task = config(**scenes, num_classes=10).build()
+    batches = [next(iter(task.train_loader(run_of(task, maps), 0, 1))) for _ in range(2)]
+    assert torch.equal(batches[0].images, batches[1].images), "the same seed, the same scenes"
+    assert batches[0].labels.shape == (4, 24, 24)
+    found = set(batches[0].labels.unique().tolist()) - {255}
+    assert 0 in found
+    assert len(found) > 2
+    assert max(found) <= 9
+    with pytest.raises(ConfigError, match=r"scenes have 10 classes \(background, .*\), not 9"):
+        config(**scenes, num_classes=9).build().train_loader(run_of(task, maps), 0, 1)
 
 
 def test_what_does_not_fit_is_said(config: Make, maps: Path) -> None:
