@@ -2,6 +2,7 @@
 
     python benchmarks/superclass_vs_clip.py speed  --sizes small base --batch 8 --rounds 7
     python benchmarks/superclass_vs_clip.py memory --sizes small base large --batch 64 --budget 80
+    python benchmarks/superclass_vs_clip.py ranks  --sizes base --batch 256 --pairs 256 4096 32768
 
 Arms see the same images and captions, have the same tower, AdamW and autocast, and run in turn, round after round.
 `clip` and `siglip` are ours (logits in chunks, no padding), `superclass` is the sparse loss; `clip-matrix` and
@@ -9,6 +10,7 @@ Arms see the same images and captions, have the same tower, AdamW and autocast, 
 
 Memory is counted: the step runs on fake tensors under torch's MemTracker, which adds up every tensor that lives, so
 that any batch can be tried anywhere. On CUDA the peak of `--batch` is measured as well (`max_memory_allocated`).
+`ranks` gives a rank the vectors of all `--pairs` as if other ranks had sent them, and counts head and objective alone.
 
 Shapes: B images and captions, V = 49,408 words, E width of the joint space.
 """
@@ -19,7 +21,8 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -33,6 +36,7 @@ from beit3.model.heads import ClipModel, ContrastiveLoss, SuperClassModel
 from beit3.model.packing import PackedBatch
 from beit3.model.parts import keep_part
 from beit3.model.presets import TextTowerConfig, model_config
+from beit3.pretrain import contrastive_loss as contrastive
 from beit3.pretrain.contrastive_loss import contrastive_loss, sigmoid_loss
 from beit3.pretrain.subword_loss import SubwordLoss, Words
 
@@ -123,9 +127,10 @@ class Arm:
                 return found
             return _dense(logits, batch, self.criterion.weights())
         images, texts = states
-        if self.name == "clip-matrix":
-            scores = model.logit_scale.exp() * images.float() @ texts.float().T
-            own = torch.arange(len(images), device=images.device)
+        if self.name == "clip-matrix":  # as released: every rank forms the logits of all pairs
+            pairs = contrastive._gather(images, texts, None)
+            scores = model.logit_scale.exp() * pairs.all_images @ pairs.all_texts.T
+            own = torch.arange(len(scores), device=images.device)
             return (F.cross_entropy(scores, own) + F.cross_entropy(scores.T, own)) / 2
         if self.name == "siglip":
             return sigmoid_loss(images, texts, None, model.logit_scale, model.logit_bias)["loss"]
@@ -149,6 +154,42 @@ def _dense(logits: Tensor, batch: Batch, weights: Tensor) -> Tensor:
     targets[batch.words.rows, batch.words.ids] = 1
     targets = F.normalize(targets * weights, p=1, dim=1)
     return -(targets * logits.float().log_softmax(1)).sum(1).mean()
+
+
+@contextmanager
+def among(count: int, width: int) -> Iterator[None]:
+    """As if other ranks had sent vectors, so that there are `count` pairs; no gradients go back to them."""
+    gather = contrastive._gather
+
+    def with_others(images: Tensor, texts: Tensor, labels: Tensor | None) -> Any:
+        others = torch.zeros(2, count - len(images), width)
+        pairs = gather(images, texts, labels)
+        every = (torch.cat(both) for both in zip((pairs.images, pairs.texts), others, strict=True))
+        all_images, all_texts = every
+        return replace(pairs, all_images=all_images, all_texts=all_texts)
+
+    setattr(contrastive, "_gather", with_others)  # noqa: B010 - for this program alone
+    try:
+        yield
+    finally:
+        setattr(contrastive, "_gather", gather)  # noqa: B010
+
+
+def measure_ranks(options: argparse.Namespace) -> None:
+    """GiB of head and objective alone, forward and backward, beside the vectors of all ranks."""
+    print(f"| size | pairs of a rank | pairs of all ranks | {' | '.join(options.arms)} |")
+    print("|---" * (3 + len(options.arms)) + "|")
+    for size, count, _ in _cases(options):
+        for pairs in options.pairs:
+            cells = []
+            for name in options.arms:
+                with FakeTensorMode(), among(pairs, TEXT_TOWERS[size].embed_width):
+                    arm = Arm(name, size, False, "cpu", options.type)
+                    batch = make_batch(count, options.context, "cpu")
+                    arm.step(batch)
+                    kinds = _peak(arm, partial(arm.finish, arm.outputs(batch), batch))
+                cells.append(f"{kinds['Total'] - kinds['Parameter'] - kinds['Optstate']:.2f}")
+            print(f"| {size} | {count:,} | {pairs:,} | {' | '.join(cells)} |", flush=True)
 
 
 def _materialise(model: nn.Module, device: str) -> None:
@@ -327,9 +368,10 @@ def _cases(options: argparse.Namespace) -> Iterator[tuple[str, int, bool]]:
 def main() -> None:
     """Print one table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("speed", "memory"))
+    parser.add_argument("what", choices=("speed", "memory", "ranks"))
     parser.add_argument("--sizes", nargs="+", default=["small"], choices=tuple(TEXT_TOWERS))
     parser.add_argument("--batch", type=int, nargs="+", default=[8])
+    parser.add_argument("--pairs", type=int, nargs="+", default=[4096, 32768], help="of all ranks")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS, help="the first is compared with")
     parser.add_argument("--context", type=int, default=77, help="tokens of every caption")
     parser.add_argument("--checkpointing", action="store_true", help="also with activations computed again")
@@ -343,7 +385,7 @@ def main() -> None:
     options = parser.parse_args()
     options.type = torch.bfloat16 if options.dtype == "bf16" else torch.float32
     torch.set_num_threads(options.threads)
-    {"speed": measure_speed, "memory": measure_memory}[options.what](options)
+    {"speed": measure_speed, "memory": measure_memory, "ranks": measure_ranks}[options.what](options)
 
 
 if __name__ == "__main__":
