@@ -235,7 +235,7 @@ def show(batch: int, options: argparse.Namespace) -> None:
         for column in COLUMNS:
             name = _named(arm, column)
             equal = [_at(curve, name, fewest) for curve in runs]
-            cells.append(" / ".join(_spread(values) for values in (equal, [curve[-1].get(name) for curve in runs])))
+            cells.append(" / ".join(filter(None, map(_spread, (equal, [curve[-1].get(name) for curve in runs])))))
         seen = statistics.mean(curve[-1]["images"] for curve in runs)
         step = statistics.median(1000 * curve[-1]["seconds"] / curve[-1]["step"] for curve in runs)
         kept = kept_for_backward(arm, batch, options) / 2**20
