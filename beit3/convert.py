@@ -85,6 +85,8 @@ def _to_file(found: Source, out: Path) -> str:
         _check_inferable(tokenizer.config, official_tokenizer.to_ours(state)[0], source)
     else:
         model = load_model(source)
+        unknown = model.task in ("detection", "segmentation", "clip", "superclass")
+        require(not unknown, f"{source} holds a {model.task} model, for which there is no released layout")
         require(
             model.part is None, f"{source} holds a {model.part} tower alone, which the released layout has no form for"
         )

@@ -55,6 +55,8 @@ _PREDICTIONS = "predictions.jsonl"
 _SUBMISSION = "submission.json"
 _OF_IMAGES = ("classification", "detection", "segmentation")
 """Tasks that read no text."""
+_MOST_ROWS = 24
+"""Figures of single classes that a terminal shows."""
 _LEAST_SCORE, _LEAST_SOFT_SCORE = 0.05, 0.001
 """Of detections that count; lowered scores still order what overlaps (detectron2's settings)."""
 
@@ -133,8 +135,9 @@ def _run_task(asked: Evaluation, ranks: Ranks) -> dict[str, float]:
         labels=asked.labels,
     )
     task = build_evaluated(predictor, asked.task, asked.num_beams, _looks(asked))
-    if isinstance(task, VQA):
-        _check_answers(predictor, asked.data)
+    _check_looks(asked, task.kind.task)
+    if isinstance(task, (VQA, Detection, Segmentation)):
+        _check_outputs(predictor, asked.data)
     examples = task.examples([asked.data], training=False)
     settings: dict[str, Any] = {
         "checkpoint": asked.checkpoint,
@@ -146,7 +149,7 @@ def _run_task(asked: Evaluation, ranks: Ranks) -> dict[str, float]:
         "image_size": list(task.preprocess.image_size),
         "ranks": ranks.world_size,
         "num_beams": asked.num_beams,
-        **_looks(asked),
+        **(_looks(asked) if isinstance(task, (Detection, Segmentation)) else {}),
     }
     if ranks.is_main:
         claim_folder(asked.out, settings, asked.overwrite)
@@ -189,8 +192,16 @@ def _run_zero_shot(asked: Evaluation, ranks: Ranks) -> dict[str, float]:
 
 
 def _looks(asked: Evaluation) -> dict[str, Any]:
-    """How detection and segmentation look at pictures."""
-    return {name: getattr(asked, name) for name in ("scales", "flip", "soft_nms")}
+    """How detection and segmentation look at pictures, as plain data."""
+    return {"scales": list(asked.scales), "flip": asked.flip, "soft_nms": asked.soft_nms}
+
+
+def _check_looks(asked: Evaluation, task: str | None) -> None:
+    """Refuse ways of looking that the task does not know."""
+    known = {"detection": ("scales", "flip", "soft_nms"), "segmentation": ("scales", "flip")}.get(task or "", ())
+    given = [name for name, value in _looks(asked).items() if value not in (False, [1.0]) and name not in known]
+    options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+    require(not given, f"{options} tells {task} nothing: leave it out")
 
 
 def build_evaluated(
@@ -278,8 +289,8 @@ def _with_class_tokens(backbone: MultiwayTransformer) -> RetrievalModel:
     return model
 
 
-def _check_answers(predictor: Predictor, data: Path) -> None:
-    """Refuse an index whose labels number other answers than the model does."""
+def _check_outputs(predictor: Predictor, data: Path) -> None:
+    """Refuse an index whose labels number other classes or answers than the model does."""
     beside, names = labels_beside(data), predictor.labels
     if beside is None:
         return
@@ -288,8 +299,8 @@ def _check_answers(predictor: Predictor, data: Path) -> None:
     fits = len(known) == outputs if names is None else known == names
     require(
         fits,
-        f"{data} numbers the {len(known):,} answers of {beside}, the model has {outputs:,} others: evaluate on an "
-        "index made with the model's answers, or name these with --labels if they are the model's",
+        f"{data} numbers the {len(known):,} names of {beside}, the model has {outputs:,} others: evaluate on an "
+        "index made with the model's, or name these with --labels if they are the model's",
     )
 
 
@@ -335,9 +346,8 @@ def _write(place: Path, values: object) -> None:
 
 def _check_options(asked: Evaluation) -> None:
     """Refuse options that the task would not look at."""
-    if asked.task not in (None, "detection", "segmentation"):
-        odd = [name for name, value in _looks(asked).items() if value not in (False, (1.0,))]
-        require(not odd, f"--{'/--'.join(odd).replace('_', '-')} are for detection and segmentation: leave them out")
+    if asked.task in (*YARDSTICKS, "zero_shot"):
+        _check_looks(asked, asked.task)
     yardsticks = ", ".join(YARDSTICKS)
     if asked.task in YARDSTICKS:
         require(
@@ -363,9 +373,14 @@ def _show(metrics: Mapping[str, float], asked: Evaluation) -> None:
     """Print the table, or where the answers are if the index does not tell which are right."""
     if metrics:
         table = Table("metric", "x 100", title=f"{Path(asked.checkpoint).name} on {asked.data.name}")
+        of_classes = [name for name in metrics if "/" in name]
+        hidden = of_classes if len(of_classes) > _MOST_ROWS else []
         for name, value in metrics.items():
-            table.add_row(name, f"{100 * value:.2f}")
+            if name not in hidden:
+                table.add_row(name, f"{100 * value:.2f}")
         Console().print(table)
+        if hidden:
+            print(f"{len(hidden)} figures of single classes: {asked.out / _METRICS}")
     if all(name.startswith(LEFT_OUT) for name in metrics):
         place = next(asked.out / name for name in (_SUBMISSION, _PREDICTIONS) if (asked.out / name).is_file())
         print(f"{asked.data.name} does not say what is right: what the model says is in {place}")

@@ -12,6 +12,7 @@ from beit3.data.source import RELEASED_TOKENIZER, TOKENIZER_FILE, Source
 from beit3.errors import BeitError
 from beit3.model.build import AnyModel
 from beit3.model.heads import ClipModel
+from beit3.model.transformer import MultiwayTransformer
 
 
 def describe_model(source: Source, model: AnyModel) -> list[str]:
@@ -22,6 +23,10 @@ def describe_model(source: Source, model: AnyModel) -> list[str]:
     rows, columns = config.grid
     around, problems = _around(source, model)
     layout = "exchange folder" if source.is_folder else "released layout"
+    backbone = model if isinstance(model, MultiwayTransformer) else model.backbone
+    reads_no_text = backbone.part == "vision" and not isinstance(model, ClipModel)
+    words = f"  texts       {config.vocab_size:,} rows of words, at most {config.max_text_length} ids; "
+    words += around["tokenizer"]
     return [
         f"{source.path}: {model.task or 'backbone'}{part}, {layout}",
         f"  shape       {config.num_layers} layers of {config.width}, {config.num_heads} heads, FFN {config.ffn_width}",
@@ -30,8 +35,7 @@ def describe_model(source: Source, model: AnyModel) -> list[str]:
         + ("" if config.final_norm else ", no final norm"),
         f"  pictures    {height} x {width} pixels in {rows} x {columns} patches of {config.patch_size}; "
         + around["preprocess"],
-        f"  texts       {config.vocab_size:,} rows of words, at most {config.max_text_length} ids; "
-        + around["tokenizer"],
+        *([] if reads_no_text else [words]),
         *(f"  outputs     {number:,} {name}{around['labels']}" for name, number in _outputs(model)),
         f"  parameters  {model.num_parameters:,} ({_by_tower(model)})",
         *(f"  problems    {problem}" for problem in problems),
@@ -82,7 +86,7 @@ def _outputs(model: AnyModel) -> list[tuple[str, int]]:
     return [
         (option.removeprefix("num_").replace("_size", " codes"), number)
         for option, number in model.head_options.items()
-        if option.startswith("num_") or option == "codebook_size"
+        if option in ("num_classes", "num_answers", "num_words", "codebook_size")
     ]
 
 

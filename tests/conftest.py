@@ -17,8 +17,13 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from PIL import Image
 
+from beit3.data.compose import ComposeConfig, write_composites
 from beit3.data.emoji import EmojiCell, load_cells, texts_of
+from beit3.data.finetuning.ade20k import prepare_ade20k
+from beit3.data.finetuning.coco_detection import prepare_coco_detection
+from beit3.data.label_maps import write_label_maps
 from beit3.data.shard_writer import FolderWriter
 from beit3.tokenizer.text import train_text_tokenizer
 from beit3.tokenizer.vqkd import VQKD, VQKDConfig
@@ -73,6 +78,8 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     _write_pairs(place.data / "images", seen[:_PICTURES])
     _write_pairs(place.data / "test_vendor", load_cells("twitter", heldout=False)[:12])
     _write_indexes(place.data, seen[:12])
+    _write_scenes(place.data / "coco")
+    _write_label_maps(place.data / "ade20k")
     texts = [text for cell in seen[:300] for text in texts_of(cell)]
     with FolderWriter(place.data / "text", "text") as writer:
         for text in texts:
@@ -141,6 +148,27 @@ def _write_indexes(folder: Path, cells: Sequence[EmojiCell]) -> None:
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "vqa.labels.json").write_text(json.dumps(["yes", "no", "two", "red", "cat"]))
     (folder / "groups.labels.json").write_text(json.dumps(["ant", "bee", "cat"]))
+
+
+def _write_scenes(folder: Path) -> None:
+    """Boxes and masks of emoji in COCO's form, and label maps of the same scenes."""
+    write_composites(folder, ComposeConfig(size=(48, 64)), 6, 0, split="train")
+    prepare_coco_detection(folder, val_share=0.5)
+    write_label_maps(folder / "coco_detection.val.jsonl", folder / "label_maps")
+
+
+def _write_label_maps(folder: Path) -> None:
+    """ADE20K's folders with pictures of stripes."""
+    for part in ("training", "validation"):
+        for kind in ("images", "annotations"):
+            (folder / kind / part).mkdir(parents=True)
+        for number in range(3):
+            labels = np.repeat(np.arange(48, dtype=np.uint8) // 12 + 40 * number, 60).reshape(48, 60)
+            Image.fromarray(labels).save(folder / f"annotations/{part}/{number}.png")
+            Image.fromarray(np.dstack([labels, 5 * (labels % 50), 255 - labels])).save(
+                folder / f"images/{part}/{number}.jpg"
+            )
+    prepare_ade20k(folder)
 
 
 def _write_pairs(folder: Path, cells: Sequence[EmojiCell]) -> None:

@@ -37,9 +37,9 @@ class Preprocess:
     """Height and width in pixels."""
     resize: Literal["squash", "crop", "pad", "slide"] = "squash"
     """`squash` resizes both sides on their own; `crop` fits the shorter side and cuts the ends of the longer one;
-    `pad` fits the longer side and fills what is left, on the right or below, with the mean colour; `slide` fits the
-    shorter side and leaves the longer one, so that pictures differ in size and a window of `image_size` slides over
-    them."""
+    `pad` fits the longer side and fills what is left, on the right or below, with the mean colour; `slide` is for
+    segmentation: `whole` fits the shorter side and leaves the longer one, for a window of `image_size` to slide over;
+    whoever wants one size gets pictures squashed."""
     interpolation: Literal["bicubic"] = "bicubic"
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     """Of each channel, of pixels in 0..1."""
@@ -131,15 +131,17 @@ class Preprocess:
         return (inside if self.resize == "pad" else around)(size, self.image_size)
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """Resize an RGB picture of any size to uint8 (3, H, W); under `slide` pictures differ in H and W."""
+        """Resize an RGB picture of any size to uint8 (3, H, W)."""
         height, width = self.image_size
         if self.resize == "pad":
             return to_tensor(letterbox(image, height, width, self.fill))
-        if self.resize == "slide":
-            return EvalResize(self.placed((image.height, image.width)))(image)
-        if self.resize == "squash" or image.size == (width, height):
+        if self.resize in ("squash", "slide") or image.size == (width, height):
             return EvalResize(self.image_size)(image)
         return to_tensor(crop(image, height, width))
+
+    def whole(self, image: Image.Image) -> Tensor:
+        """Resize an RGB picture to the size that `placed` gives: uint8 (3, h, w)."""
+        return EvalResize(self.placed((image.height, image.width)))(image)
 
     def normalize(self, pixels: Tensor) -> Tensor:
         """Bring pixels (B, 3, H, W), uint8 or float in 0..255, to the model's range; float32."""

@@ -60,7 +60,8 @@ def keep_part(model: AnyModel, part: Part) -> None:
         keep_modality(model, part)
         return
     if model.task is not None and part not in _HEADS.get(model.task, {}):
-        raise ConfigError(f"a {model.task} model needs both towers: parts='{part}' would leave nothing of use")
+        needs = "reads images alone" if model.task in ("detection", "segmentation") else "needs both towers"
+        raise ConfigError(f"a {model.task} model {needs}: parts='{part}' would leave nothing of use")
     other: Part = "text" if part == "vision" else "vision"
     if hasattr(model, "text_backbone"):  # two transformers, of which one goes as a whole
         name = "backbone" if other == "vision" else "text_backbone"

@@ -102,7 +102,7 @@ def views_of(preprocess: Preprocess, image: Image.Image, settings: SlidingConfig
     """An RGB picture at every size that it is looked at, uint8 (3, h, w) each; mirror images come later."""
     height, width = preprocess.image_size
     sizes = [(max(1, round(ratio * height)), max(1, round(ratio * width))) for ratio in settings.ratios]
-    return [preprocess.resized(size)(image) for size in sizes]
+    return [preprocess.resized(size).whole(image) for size in sizes]
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,14 @@ from tyro.conf import Positional
 from beit3.config import require
 from beit3.data.masks import encode_mask
 from beit3.drawing import draw_objects, draw_regions
-from beit3.errors import ConfigError
 from beit3.predict import Predictor, load
 from beit3.search.picture_rows import Device, Verb, run, settings_of
 
 ROWS = "rows.jsonl"
 _AT_ONCE = 4
 """Pictures of a batch: they are kept at their own size."""
+_LONGEST_NAME = 200
+"""Bytes of a picture's name in that of its drawing."""
 
 
 def detect(
@@ -58,7 +59,7 @@ def detect(
     """
     settings: dict[str, Any] = {"score_threshold": score_threshold, "max_detections": max_detections}
     settings |= {"soft_nms": soft_nms, "scales": tuple(scales), "flip": flip}
-    folder = _folder(out)
+    folder = _folder(out, pictures)
     run(
         pictures,
         lambda: load(model, device, image_size=image_size, labels=labels),
@@ -101,7 +102,7 @@ def segment(
         device: where the model runs.
     """
     settings: dict[str, Any] = {"scales": tuple(scales), "flip": flip}
-    folder = _folder(out)
+    folder = _folder(out, pictures)
     run(
         pictures,
         lambda: load(model, device, image_size=image_size, labels=labels),
@@ -166,23 +167,21 @@ def _as_it_is(_: Predictor, image: Image.Image) -> Image.Image:
     return image
 
 
-def _folder(out: Path | None) -> Path | None:
-    """The folder of drawings, made if need be."""
+def _folder(out: Path | None, pictures: Sequence[Path]) -> Path | None:
+    """The folder of drawings, which is made when rows are looked for in it."""
     if out is None:
         return None
     require(not out.exists() or out.is_dir(), f"{out} is no folder: name one for drawings and {ROWS}")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"{out} cannot be made ({error.strerror}): choose another folder") from error
+    around = [source for source in pictures if out.resolve().is_relative_to(source.resolve())]
+    require(not around, f"{out} lies in {around[0] if around else ''}: drawings would be taken for pictures")
     return out
 
 
 def _save(drawing: Image.Image, folder: Path, picture: Path, ending: str) -> str:
     """Save a drawing under the picture's name, and a mark that tells pictures of one name apart."""
     mark = hashlib.sha256(str(picture).encode(errors="surrogateescape")).hexdigest()[:6]
-    stem = picture.stem.encode(errors="replace").decode()
-    name = f"{stem[:80]}-{mark}{ending}"
+    stem = picture.stem.encode(errors="replace")[:_LONGEST_NAME].decode(errors="ignore")
+    name = f"{stem}-{mark}{ending}"
     drawing.save(folder / name)
     return name
 

@@ -233,7 +233,7 @@ def test_an_index_of_other_answers_is_refused(
     (sets / "labels.json").write_text(json.dumps([*names, "dog"] if has_names else names))
     evaluate(*command, code=2)
     line = said(capsys)
-    assert f"{index} numbers the {5 if has_names else 4} answers of {sets / 'labels.json'}, the model has 5 oth" in line
+    assert f"{index} numbers the {5 if has_names else 4} names of {sets / 'labels.json'}, the model has 5 oth" in line
     assert not Path("out").exists()
     (sets / "labels.json").write_text(own.read_text())
     evaluate(*command)

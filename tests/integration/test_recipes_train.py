@@ -25,6 +25,14 @@ from beit3.train.log import read_log
 
 RECIPES = list_recipes()
 CPU = ["--device", "cpu", "--precision", "fp32"]
+DATA = {
+    "finetune/ade20k_base": "data/ade20k",
+    "finetune/coco_detection_base": "data/coco",
+    "finetune/objects365_base": "data/coco",
+    "finetune/detection_emoji": "data/coco",
+    "finetune/segmentation_emoji": "data/coco",
+}
+"""Sets with classes of their own have a folder of their own."""
 
 
 class RandomTeacher(Teacher):
@@ -48,7 +56,8 @@ def test_the_debug_variant_trains(name: str, place: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("beit3.pretrain.image_tokenizer.build_teacher", small_teacher)
     run = load_recipe(f"recipe:{name}:debug")
     assert isinstance(run, Run)
-    assert run_command(["train", f"recipe:{name}:debug", *CPU, "--loop.log-every", "1"]) == 0
+    command = ["train", f"recipe:{name}:debug", *CPU, "--data", DATA.get(name, "data"), "--loop.log-every", "1"]
+    assert run_command(command) == 0
     records = read_log(place / run.folder)
     assert [record["step"] for record in records] == [1, 2]
     assert all(torch.isfinite(torch.tensor(record["loss"])) for record in records)

@@ -94,11 +94,59 @@ def test_released_recipes_have_the_published_settings(address: str) -> None:
     assert ("flickr30k" in task.train) == (part == "flickr30k")
 
 
-def test_every_released_variant_is_compared_with_what_was_published() -> None:
-    released = [path for path in FILES if path.parent.name == "finetune" and f"{path.stem}" in PUBLISHED]
-    assert {f"{p.stem}:{v}" for p in released for v in functions(p)} - {f"{p.stem}:debug" for p in released} == {
-        address if ":" in address else f"{address}:recipe" for address in PUBLISHED
+# Variant: learning rate, layer decay, drop path, weight decay, batch, image size, steps, warm-up steps.
+# ViTDet's and BEiT v2's configurations; of giant BEiT-3's paper, in multiples of the patch of 14. Epochs: rows / batch.
+DENSE = {
+    "coco_detection_base": (1e-4, 0.7, 0.1, 0.1, 64, 1024, 184_375, 250),
+    "coco_detection_base:large": (1e-4, 0.8, 0.4, 0.1, 64, 1024, 184_375, 250),
+    "coco_detection_base:mask_rcnn": (1e-4, 0.7, 0.1, 0.1, 64, 1024, 184_375, 250),
+    "coco_detection_base:objects365": (5e-5, 0.7, 0.1, 0.1, 64, 1024, 20 * 118_287 / 64, 250),
+    "coco_detection_base:giant": (5e-5, 0.9, 0.6, 0.1, 64, 1274, 20 * 118_287 / 64, 250),
+    "objects365_base": (1e-4, 0.7, 0.1, 0.1, 64, 1024, 15 * 1_742_289 / 64, 250),
+    "objects365_base:large": (1e-4, 0.8, 0.4, 0.1, 64, 1024, 15 * 1_742_289 / 64, 250),
+    "objects365_base:giant": (1e-4, 0.9, 0.6, 0.1, 64, 1022, 15 * 1_742_289 / 64, 250),
+    "ade20k_base": (5e-5, 0.75, 0.15, 0.05, 16, 512, 160_000, 1500),
+    "ade20k_base:large": (4e-5, 0.9, 0.2, 0.05, 16, 512, 160_000, 1500),
+    "ade20k_base:mask2former": (5e-5, 0.75, 0.15, 0.05, 16, 512, 160_000, 1500),
+    "ade20k_base:giant": (1e-5, 0.95, 0.5, 0.05, 16, 896, 80_000, 1500),
+}
+
+
+@pytest.mark.parametrize("address", DENSE)
+def test_recipes_of_detection_and_segmentation_have_the_published_settings(address: str) -> None:
+    rate, decay, drop_path, weight_decay, batch_size, size, steps, warmup = DENSE[address]
+    run = load_recipe(f"recipe:finetune/{address}")
+    assert isinstance(run, Run)
+    task: Any = run.task
+    assert (run.optim.lr, run.optim.layer_decay, run.optim.weight_decay) == (rate, decay, weight_decay)
+    assert (run.optim.betas, run.optim.warmup_steps) == ((0.9, 0.999), warmup)
+    assert (task.model.drop_path, task.batch_size, task.model.image_size) == (drop_path, batch_size, (size, size))
+    assert run.loop.steps == pytest.approx(steps, abs=1)
+    shape = {"large": (1024, 24), "giant": (1408, 40)}.get(address.partition(":")[2], (768, 12))
+    assert (task.model.width, task.model.num_layers) == shape
+    if "ade20k" not in address:
+        assert (task.window_size, task.num_global_layers, task.view.scale) == (14, 4, (0.1, 2.0))
+        assert task.stages == (1 if "mask_rcnn" in address else 3)
+
+
+@pytest.mark.parametrize("published", [PUBLISHED, DENSE], ids=["released", "dense"])
+def test_every_variant_of_official_size_is_compared_with_what_was_published(published: dict[str, Any]) -> None:
+    stems = {address.partition(":")[0] for address in published}
+    files = [path for path in FILES if path.parent.name == "finetune" and path.stem in stems]
+    assert {f"{p.stem}:{v}" for p in files for v in functions(p)} - {f"{p.stem}:debug" for p in files} == {
+        address if ":" in address else f"{address}:recipe" for address in published
     }
+
+
+def test_released_weights_fill_the_recipes_of_detection_and_segmentation() -> None:
+    """Their attention is decoupled; giant was not released, and begins from a run of one's own."""
+    for address in DENSE:
+        run = load_recipe(f"recipe:finetune/{address}")
+        assert isinstance(run, Run)
+        task: Any = run.task
+        giant = "giant" in address
+        assert task.model.attention == ("shared" if giant else "decoupled"), address
+        assert (task.init_from.suffix == ".pth") == (not giant and not address.endswith("objects365")), address
 
 
 def test_all_recipes_are_listed() -> None:

@@ -160,7 +160,7 @@ def test_an_elongated_picture_fills_no_memory(
     monkeypatch.setattr(Image.Image, "resize", watched)
     seen = Preprocess(image_size=(224, 224), resize=resize)(image)
     assert 0 < largest <= 100_000_000
-    place = {"pad": (0, 0), "slide": (0, 0)}.get(resize, (100, 100))
+    place = {"pad": (0, 0)}.get(resize, (100, 100))
     assert seen[:, *place].tolist() == [10, 20, 30]
 
 
@@ -195,7 +195,8 @@ def test_a_picture_to_slide_over_covers_the_window_but_is_four_windows_long_at_m
 ) -> None:
     preprocess = Preprocess(image_size=(32, 32), resize="slide")
     assert preprocess.placed(size) == placed
-    assert preprocess(Image.new("RGB", (size[1], size[0]))).shape == (3, *placed)
+    assert preprocess.whole(Image.new("RGB", (size[1], size[0]))).shape == (3, *placed)
+    assert preprocess(Image.new("RGB", (size[1], size[0]))).shape == (3, 32, 32)
 
 
 def test_texts_are_cleaned_and_other_things_refused() -> None:
