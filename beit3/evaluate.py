@@ -136,9 +136,11 @@ def _run_task(asked: Evaluation, ranks: Ranks) -> dict[str, float]:
     )
     task = build_evaluated(predictor, asked.task, asked.num_beams, _looks(asked))
     _check_looks(asked, task.kind.task)
-    if isinstance(task, (VQA, Detection, Segmentation)):
+    if isinstance(task, VQA):
         _check_outputs(predictor, asked.data)
     examples = task.examples([asked.data], training=False)
+    if isinstance(task, (Detection, Segmentation)):
+        _check_outputs(predictor, asked.data)
     settings: dict[str, Any] = {
         "checkpoint": asked.checkpoint,
         "data": str(asked.data),

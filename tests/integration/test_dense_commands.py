@@ -37,6 +37,7 @@ Row = dict[str, Any]
 CPU = ["--device", "cpu"]
 DETECT = ["detect", "pictures", *CPU, "--model", "detector", "--score-threshold", "0.05", "--max-detections", "3"]
 SEGMENT = ["segment", "pictures", *CPU, "--model", "segmenter"]
+MAPS = "data/coco/label_maps/coco_detection.val.jsonl"
 SHAPE: dict[str, Any] = {"width": 32, "num_layers": 2, "num_heads": 2, "ffn_width": 64, "patch_size": 8}
 SMALL: dict[str, Any] = {"image_size": (48, 48), "vocab_size": 8, "max_text_positions": 4, "fusion_layers": 0}
 
@@ -277,11 +278,13 @@ def test_evaluation_of_a_segmenter_leaves_figures_of_classes_and_pictures(
     ("arguments", "code", "line"),
     [
         (["segmenter", "--task", "detection"], 2, "a segmentation is not evaluated as detection"),
-        (["detector", "--data", "data/coco/label_maps/coco_detection.val.jsonl"], 3, "no usable DetectionRow"),
+        (["detector", "--data", MAPS], 3, "no usable DetectionRow"),
         (["segmenter", "--data", "data/coco/coco_detection.val.jsonl"], 3, "no usable SegmentationRow"),
         (["detector", "--scales", "9"], 2, "scales must be one or more within 0.1..4"),
-        (["detector", "--task", "classification", "--flip"], 2, "--flip are for detection and segmentation"),
+        (["detector", "--task", "classification"], 2, "a detection is not evaluated as classification"),
+        (["segmenter", "--soft-nms", "--data", MAPS], 2, "--soft-nms tells segmentation nothing: leave it out"),
         (["detector", "--task", "knn"], 2, "name their index file with --train"),
+        (["detector", "--task", "knn", "--flip"], 2, "--flip tells knn nothing: leave it out"),
     ],
 )
 def test_wrong_evaluations_are_one_line(
