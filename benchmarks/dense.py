@@ -155,7 +155,7 @@ def main() -> None:
     parser.add_argument("--backgrounds", type=Path)
     parser.add_argument("--only", nargs="+", default=list(EXPERIMENTS), choices=list(EXPERIMENTS))
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, default=2e-3)
     options = parser.parse_args()
     torch.set_num_threads(1)
     prepare(options)
@@ -200,7 +200,9 @@ def measure(name: str, arm: str, seed: int, options: argparse.Namespace) -> dict
         seed=seed,
         device="cpu",
         precision="bf16",
-        optim=OptimConfig(lr=options.lr, warmup_steps=options.steps // 10, weight_decay=0.1, clip_grad=1.0),
+        optim=OptimConfig(
+            name="nmuon", lr=options.lr, warmup_steps=options.steps // 10, weight_decay=0.1, clip_grad=1.0
+        ),
         loop=LoopConfig(steps=options.steps, log_every=20, save_every=options.steps),
     )
     path = run.folder / "metrics.json"
