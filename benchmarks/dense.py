@@ -22,25 +22,24 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
-from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
-from torchvision.utils import draw_bounding_boxes
 
 from beit3.config import LoopConfig, OptimConfig, Run, TaskConfig, replace
 from beit3.data.compose import ComposeConfig, write_composites
-from beit3.data.dense_rows import DetectionRow, SegmentationRow
+from beit3.data.dense_rows import DetectedObject, DetectionRow, SegmentationRow
 from beit3.data.dense_views import DetectionViewConfig, SegmentationViewConfig
 from beit3.data.finetuning.coco_detection import prepare_coco_detection
 from beit3.data.index_files import read_index
 from beit3.data.label_maps import BACKGROUND, write_label_maps
 from beit3.data.labels import read_labels
-from beit3.data.masks import read_label_map
+from beit3.data.masks import decode_mask, read_label_map
 from beit3.drawing import draw_objects, draw_regions
 from beit3.finetune.detection import DetectionConfig
 from beit3.finetune.segmentation import SegmentationConfig
 from beit3.model.detection import DetectionSettings
 from beit3.model.presets import ModelConfig
-from beit3.predict import Predictor, load
+from beit3.predict import FoundObject, Predictor, load
 from beit3.train.loop import fit
 from beit3.train.report import Report
 
@@ -257,12 +256,20 @@ def draw_detections(index: Path, number: int, predictors: list[Predictor]) -> tu
     row = read_index([index], DetectionRow)[number]
     names = read_labels(index.with_name("labels.json"))
     image = Image.open(row.image_path).convert("RGB")
-    boxes = [(x, y, x + width, y + height) for x, y, width, height in (item.box for item in row.objects)]
-    labels = [names[item.label] for item in row.objects]
-    there = draw_bounding_boxes(pil_to_tensor(image), torch.tensor(boxes).view(-1, 4), labels, colors="red")
-    drawn = [to_pil_image(there)]
-    drawn += [draw_objects(image, predictor.detect([image], score_threshold=0.4)[0]) for predictor in predictors]
+    drawn = [draw_objects(image, [_as_found(item, names, (row.height, row.width)) for item in row.objects])]
+    drawn += [draw_objects(image, predictor.detect([image], score_threshold=0.3)[0]) for predictor in predictors]
     return _beside(drawn), Path(row.image_path).name
+
+
+def _as_found(item: DetectedObject, names: list[str], size: tuple[int, int]) -> FoundObject:
+    """An object that is there, as if it were found."""
+    x, y, width, height = item.box
+    whole = np.ones(size, np.uint8) if item.segmentation is None else decode_mask(item.segmentation, *size)
+    cut = torch.from_numpy(
+        whole[int(y) : max(int(y) + 1, round(y + height)), int(x) : max(int(x) + 1, round(x + width))]
+    )
+    shape = F.interpolate(cut[None, None].float(), (28, 28), mode="bilinear")[0, 0]
+    return FoundObject(names[item.label], 1.0, (x, y, x + width, y + height), shape, size)
 
 
 def draw_segments(index: Path, number: int, predictors: list[Predictor]) -> tuple[Any, str]:
