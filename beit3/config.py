@@ -137,6 +137,26 @@ def to_plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
+def with_defaults(stored: Any, value: Any) -> Any:
+    """Give what was stored of a configuration the fields that did not exist when it was written, at their defaults.
+
+    Args:
+        stored: read from JSON.
+        value: configuration of today, of the same classes.
+    """
+    if isinstance(stored, list) and isinstance(value, (list, tuple)) and len(stored) == len(value):
+        return [with_defaults(*pair) for pair in zip(stored, value, strict=True)]
+    if not isinstance(stored, dict) or not dataclasses.is_dataclass(value):
+        return stored
+    found = dict(stored)
+    for field in dataclasses.fields(value):
+        if field.name in found:
+            found[field.name] = with_defaults(found[field.name], getattr(value, field.name))
+        elif field.default is not dataclasses.MISSING:
+            found[field.name] = to_plain(field.default)
+    return found
+
+
 def differences(left: Any, right: Any, where: str = "") -> list[str]:
     """List the dotted names whose values differ between two results of `to_plain`."""
     if isinstance(left, dict) and isinstance(right, dict):

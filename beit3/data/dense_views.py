@@ -22,9 +22,10 @@ from torchvision.tv_tensors import BoundingBoxes
 
 from beit3.config import config, require
 from beit3.data.dense_rows import DetectedObject
-from beit3.data.masks import IGNORED, decode_mask
+from beit3.data.masks import decode_mask
 from beit3.data.resize import around, inside, to_tensor
 from beit3.errors import BadSampleError
+from beit3.model.segmentation import IGNORED
 
 T = TypeVar("T")
 Color = tuple[int, int, int]

@@ -20,8 +20,9 @@ from beit3.data.finetuning.layout import progress
 from beit3.data.index_files import read_index
 from beit3.data.labels import FILE as LABELS
 from beit3.data.labels import labels_beside, labels_file, read_labels
-from beit3.data.masks import IGNORED, decode_mask
+from beit3.data.masks import decode_mask
 from beit3.errors import DataMissingError
+from beit3.model.segmentation import IGNORED
 
 BACKGROUND = "background"
 """Name of label 0: whatever belongs to no object."""

@@ -19,14 +19,13 @@ from PIL import Image
 
 from beit3.data.images import FORMATS, MAX_PIXELS
 from beit3.errors import BadSampleError, ConfigError
+from beit3.model.segmentation import IGNORED
 
 Polygons = list[list[float]]
 Rle = dict[str, Any]
 Segmentation = Polygons | Rle
 """What a COCO file holds of an object's shape."""
 
-IGNORED = 255
-"""Label of pixels that neither train nor count."""
 _ONE_CHANNEL = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")
 _IGNORED_16_BIT = 65535
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from beit3.config import Run, differences, to_plain
+from beit3.config import Run, differences, to_plain, with_defaults
 from beit3.errors import ConfigError, DivergedError, PreemptedError
 from beit3.train.checkpoint import (
     clean_leftovers,
@@ -359,7 +359,8 @@ def _claim_folder(run: Run) -> None:
     if record.exists() and not run.resume:
         raise ConfigError(f"{run.folder} holds an earlier run: use --resume, --overwrite or another --name")
     if record.exists():
-        changed = differences(json.loads(record.read_text()), json.loads(json.dumps(to_plain(run))))
+        stored = with_defaults(json.loads(record.read_text()), run)  # which may be of an earlier version
+        changed = differences(stored, json.loads(json.dumps(to_plain(run))))
         changed = [name for name in changed if name not in _FREE_TO_CHANGE]
         if changed:
             raise ConfigError(f"{run.folder} was started with other values of {', '.join(changed)}: cannot resume")

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from beit3.cli import run_command
-from beit3.config import LoopConfig, OptimConfig, Run, TaskConfig, config, differences, nearest, replace, to_plain
+from beit3.config import (
+    LoopConfig,
+    OptimConfig,
+    Run,
+    TaskConfig,
+    config,
+    differences,
+    nearest,
+    replace,
+    to_plain,
+    with_defaults,
+)
 from beit3.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -122,6 +134,20 @@ def test_plain_data_holds_everything_and_differences_name_what_changed() -> None
     assert differences(plain, other) == ["optim.lr", "seed", "task.inner.depth"]
     assert differences(plain, plain) == []
     assert differences({"a": {"b": 1}}, {}) == ["a"]
+
+
+def test_fields_that_a_stored_configuration_does_not_know_have_their_defaults() -> None:
+    run = a_run(**{"optim.lr": 1e-4})
+    stored = json.loads(json.dumps(to_plain(run)))
+    del stored["seed"], stored["optim"]["min_lr"], stored["loop"]["save_every"]
+    plain = json.loads(json.dumps(to_plain(run)))
+    assert differences(with_defaults(stored, run), plain) == []
+    other = replace(run, seed=7, **{"optim.min_lr": 0.0})
+    found = differences(with_defaults(stored, other), json.loads(json.dumps(to_plain(other))))
+    assert found == ["optim.min_lr", "seed"]
+    del stored["name"]  # it has no default
+    assert differences(with_defaults(stored, run), plain) == ["name"]
+    assert with_defaults([{"lr": 1}], [run.optim])[0]["name"] == OptimConfig().name
 
 
 def test_the_folder_of_a_run_is_derived() -> None:

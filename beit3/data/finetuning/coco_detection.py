@@ -18,7 +18,7 @@ from PIL import Image
 
 from beit3.config import require
 from beit3.data.dense_rows import CATEGORIES
-from beit3.data.finetuning.image_folders import _draw
+from beit3.data.finetuning.image_folders import draw_held_out
 from beit3.data.finetuning.index_writer import IndexReport, IndexWriter, Row
 from beit3.data.finetuning.layout import Pictures, progress, take, text_of
 from beit3.data.images import FORMATS, MAX_PIXELS, MIN_SIDE
@@ -246,7 +246,7 @@ def _held_out(sources: Sequence[_Source], share: float, seed: int) -> frozenset[
             except BadSampleError:
                 continue  # counted when it is written
             require(split != "val", f"{source.path} has images to validate on: leave --val-share out")
-    return _draw(names, share, seed)
+    return draw_held_out(names, share, seed)
 
 
 class _Finder:

@@ -140,7 +140,7 @@ class _Folders:
         found = _class_names(folder)
         for name in progress(found, f"{self._writer.report.kind} {split}"):
             files = self._pictures_of(split, folder, name)
-            held_out = _draw(files, val_share, seed)
+            held_out = draw_held_out(files, val_share, seed)
             for file in files:
                 self._add("val" if file in held_out else split, prefix, file, name)
             if not files:
@@ -189,7 +189,7 @@ class _Folders:
         return found
 
 
-def _draw(files: Sequence[str], share: float, seed: int) -> frozenset[str]:
+def draw_held_out(files: Sequence[str], share: float, seed: int) -> frozenset[str]:
     """Draw a share of files by a hash of their names, so that neither their order nor the machine matters."""
     if not share:
         return frozenset()
