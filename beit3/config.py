@@ -92,7 +92,7 @@ _LARGEST = 2**63
 def check_types(value: Any, where: str) -> None:
     """Refuse fields of another type than declared; for `__post_init__` of values that files describe.
 
-    Knows int (no bool), float (an int will do), bool, str, `Literal`, and tuples of them with a fixed length.
+    Knows int (no bool), float (an int will do), bool, str, `Literal`, and tuples of them, of a fixed length or any.
 
     Args:
         value: configuration value.
@@ -109,6 +109,8 @@ def _is_of(value: object, kind: Any) -> bool:
         return isinstance(value, str) and value in get_args(kind)
     if get_origin(kind) is tuple:
         parts = get_args(kind)
+        if parts[-1] is Ellipsis:
+            return isinstance(value, tuple) and all(_is_of(item, parts[0]) for item in value)
         return isinstance(value, tuple) and len(value) == len(parts) and all(map(_is_of, value, parts))
     if kind is float and isinstance(value, float):
         return math.isfinite(value)
@@ -121,7 +123,9 @@ def _described(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return " or ".join(f"'{name}'" for name in get_args(kind))
     if get_origin(kind) is tuple:
-        return f"{len(get_args(kind))} values, each {_KINDS[get_args(kind)[0]]}"
+        parts = get_args(kind)
+        count = "values" if parts[-1] is Ellipsis else f"{len(parts)} values"
+        return f"{count}, each {_KINDS[parts[0]]}"
     return _KINDS[kind]
 
 

@@ -251,8 +251,8 @@ def _dense_fields(task: str, looks: Mapping[str, Any]) -> dict[str, Any]:
     if task == "segmentation":
         return {"slide": SlidingConfig(ratios=scales, flip=flip)}
     soft = bool(looks.get("soft_nms", False))
-    settings = DetectionSettings(soft_nms=soft, score_threshold=_LEAST_SOFT_SCORE if soft else _LEAST_SCORE)
-    return {"scales": scales, "flip": flip, "settings": settings}
+    least = _LEAST_SOFT_SCORE if soft else _LEAST_SCORE
+    return {"settings": DetectionSettings(soft_nms=soft, score_threshold=least, scales=scales, flip=flip)}
 
 
 def _measured_model(model: AnyModel, task: str | None) -> tuple[str, Any]:

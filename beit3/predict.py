@@ -24,6 +24,7 @@ from beit3.data.images import ImageInput, open_image
 from beit3.data.labels import labels_file
 from beit3.data.preprocess import Preprocess, prepare_text
 from beit3.data.source import TOKENIZER_FILE, find_source, num_outputs
+from beit3.data.whole_pictures import detect_image, segment_image
 from beit3.errors import ConfigError
 from beit3.model.build import AnyModel
 from beit3.model.detection import DetectionModel, Detections, DetectionSettings, paste_masks
@@ -36,11 +37,10 @@ from beit3.model.heads import (
     SuperClassModel,
     VQAModel,
 )
-from beit3.model.multi_scale import detect_image
 from beit3.model.presets import BOS, EOS
 from beit3.model.pretrained import Part
 from beit3.model.segmentation import SegmentationModel
-from beit3.model.sliding_window import SlidingConfig, segment_image
+from beit3.model.sliding_window import SlidingConfig
 from beit3.model.store import load_model
 from beit3.model.transformer import MultiwayTransformer, Output
 from beit3.tokenizer.subwords import WordList
@@ -285,10 +285,16 @@ class Predictor:
             ConfigError: the model does not detect, or a setting is out of range.
         """
         model = self._needs(DetectionModel, "detect")
-        settings = DetectionSettings(score_threshold=score_threshold, max_detections=max_detections, soft_nms=soft_nms)
+        settings = DetectionSettings(
+            score_threshold=score_threshold,
+            max_detections=max_detections,
+            soft_nms=soft_nms,
+            scales=tuple(scales),
+            flip=flip,
+        )
         names = self.output_names()
         return [
-            self._objects(detect_image(model, self.preprocess, picture, settings, scales, flip=flip), picture, names)
+            self._objects(detect_image(model, self.preprocess, picture, settings), picture, names)
             for picture in self._opened(images)
         ]
 

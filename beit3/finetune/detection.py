@@ -23,11 +23,12 @@ from beit3.data.index_files import Index, read_index, read_picture
 from beit3.data.labels import find_labels, read_labels
 from beit3.data.masks import encode_mask
 from beit3.data.preprocess import Preprocess
+from beit3.data.whole_pictures import canvases, view_on
 from beit3.errors import BadSampleError
 from beit3.finetune.common import Batch, FinetuneConfig, FinetuneTask, Predictions, count_classes
 from beit3.metrics.detection import average_precision
 from beit3.model.detection import DetectionModel, Detections, DetectionSettings, Target, paste_masks
-from beit3.model.multi_scale import View, detect_views
+from beit3.model.multi_scale import detect_views
 from beit3.train.task import Loader
 
 
@@ -52,18 +53,12 @@ class DetectionConfig(FinetuneConfig):
     compose: ComposeConfig | None = None
     """Train on scenes that are composed anew in the run, instead of pictures of `train`."""
     settings: DetectionSettings = DetectionSettings()
-    """What counts as found in evaluation."""
-    scales: tuple[float, ...] = (1.0,)
-    """Sizes of the canvas in evaluation, relative to the model's images; what is found is merged."""
-    flip: bool = False
-    """Evaluate on mirror images as well."""
+    """How pictures are looked at in evaluation, and what counts as found."""
 
     def __post_init__(self) -> None:
         FinetuneConfig.__post_init__(self)
         require(self.num_classes is not None or self.labels is not None, "give num_classes, or labels to count them")
         require(self.boxes_per_image >= 1, f"boxes_per_image must be at least 1, not {self.boxes_per_image}")
-        fits = bool(self.scales) and all(0.1 <= scale <= 4 for scale in self.scales)
-        require(fits, f"scales must be one or more within 0.1..4, not {self.scales}")
 
     def build(self) -> Detection:
         """Build the Task, with random or given weights."""
@@ -95,13 +90,11 @@ class WholePictures:
 
     rows: tuple[DetectionRow, ...]
     images: tuple[Tensor, ...]
-    """uint8 (B, 3, H, W) for each size"""
-    sizes: tuple[Tensor, ...]
-    """(B, 2) int64 for each size: what a picture fills of its canvas"""
+    """uint8 (B, 3, H, W) for each canvas"""
 
     def to(self, device: torch.device) -> Self:
         """Copy the pictures to a device."""
-        return type(self)(self.rows, tuple(x.to(device, non_blocking=True) for x in self.images), self.sizes)
+        return type(self)(self.rows, tuple(x.to(device, non_blocking=True) for x in self.images))
 
 
 class _TrainingExamples:
@@ -129,29 +122,24 @@ class _TrainingExamples:
 class _HeldOutExamples:
     """Whole pictures of an index, in every size that they are looked at."""
 
-    def __init__(self, index: Index[DetectionRow], views: Sequence[Preprocess]) -> None:
+    def __init__(self, index: Index[DetectionRow], canvases: Sequence[Preprocess]) -> None:
         self.index = index
-        self._views = views
+        self._canvases = canvases
 
     def __len__(self) -> int:
         return len(self.index)
 
-    def load(self, index: int) -> tuple[DetectionRow, list[Tensor], list[tuple[int, int]]]:
+    def load(self, index: int) -> tuple[DetectionRow, list[Tensor]]:
         """Read one picture."""
         row = self.index[index]
         image = read_picture(row.image_path)
-        size = (image.height, image.width)
-        _check_size(row, size)
-        return row, [view(image) for view in self._views], [view.placed(size) for view in self._views]
+        _check_size(row, (image.height, image.width))
+        return row, [canvas(image) for canvas in self._canvases]
 
-    def collate(self, examples: list[tuple[DetectionRow, list[Tensor], list[tuple[int, int]]]]) -> WholePictures:
-        """Lay pictures side by side, size by size."""
-        rows, images, sizes = zip(*examples, strict=True)
-        return WholePictures(
-            rows,
-            tuple(torch.stack(views) for views in zip(*images, strict=True)),
-            tuple(torch.tensor(placed) for placed in zip(*sizes, strict=True)),
-        )
+    def collate(self, examples: list[tuple[DetectionRow, list[Tensor]]]) -> WholePictures:
+        """Lay pictures side by side, canvas by canvas."""
+        rows, images = zip(*examples, strict=True)
+        return WholePictures(rows, tuple(torch.stack(views) for views in zip(*images, strict=True)))
 
 
 class Detection(FinetuneTask[DetectionConfig, Any]):
@@ -168,6 +156,7 @@ class Detection(FinetuneTask[DetectionConfig, Any]):
             options |= {"window_size": config.window_size, "num_global_layers": config.num_global_layers}
         super().__init__(config, model, labels, **options)
         self.model.sample_boxes(config.boxes_per_image)
+        self._canvases = canvases(self.preprocess, config.model.patch_size, config.settings)
         self._view = DetectionView(config.view, self.preprocess.image_size, self.preprocess.fill)
         self._categories: list[int] = list(range(1, self.num_classes + 1))
         """Number of each class in the set's own files."""
@@ -178,12 +167,7 @@ class Detection(FinetuneTask[DetectionConfig, Any]):
         if training:
             return _TrainingExamples(index, self._view)
         self._categories = category_ids(paths[0], self.num_classes)
-        height, width = self.preprocess.image_size
-        side = self.config.model.patch_size
-        sizes = [
-            tuple(max(side, round(x * scale / side) * side) for x in (height, width)) for scale in self.config.scales
-        ]
-        return _HeldOutExamples(index, [self.preprocess.resized((tall, wide)) for tall, wide in sizes])
+        return _HeldOutExamples(index, self._canvases)
 
     def train_loader(self, run: Run, rank: int, world_size: int) -> Loader[DetectionBatch]:
         """Endless batches, of the pictures of an index or of composed scenes."""
@@ -246,21 +230,21 @@ class Detection(FinetuneTask[DetectionConfig, Any]):
 
     def _find(self, batch: WholePictures) -> Iterable[Detections]:
         """Detections of each picture, in its own pixels."""
+        settings = self.config.settings
         pixels = [self.preprocess.normalize(images) for images in batch.images]
-        if len(pixels) == 1 and not self.config.flip:
-            found = self.model.detect(pixels[0], batch.sizes[0], self.config.settings)
-            for row, placed, one in zip(batch.rows, batch.sizes[0].tolist(), found, strict=True):
-                scale = (placed[0] / row.height, placed[1] / row.width)
-                view = View(pixels[0][0], (placed[0], placed[1]), scale)
+        sizes = [(row.height, row.width) for row in batch.rows]
+        views = [
+            [view_on(canvas, images[number], size) for canvas, images in zip(self._canvases, pixels, strict=True)]
+            for number, size in enumerate(sizes)
+        ]
+        if len(pixels) == 1 and not settings.flip:  # all pictures in one pass
+            placed = torch.tensor([view.size for (view,) in views])
+            for (view,), one in zip(views, self.model.detect(pixels[0], placed, settings), strict=True):
                 yield Detections(view.to_picture(one.boxes), one.scores, one.labels, one.masks)
             return
-        for number, row in enumerate(batch.rows):
-            views = []
-            for images, sizes in zip(pixels, batch.sizes, strict=True):
-                tall, wide = sizes[number].tolist()
-                views.append(View(images[number], (tall, wide), (tall / row.height, wide / row.width)))
-            views += [view.mirror() for view in views] if self.config.flip else []
-            yield detect_views(self.model, views, (row.height, row.width), self.config.settings)
+        for size, seen in zip(sizes, views, strict=True):
+            mirrored = [view.mirror() for view in seen] if settings.flip else []
+            yield detect_views(self.model, seen + mirrored, size, settings)
 
 
 def _view_scene(view: DetectionView, scene: Scene) -> DetectionExample:

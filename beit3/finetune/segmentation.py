@@ -24,11 +24,12 @@ from beit3.data.label_maps import BACKGROUND
 from beit3.data.labels import find_labels, read_labels
 from beit3.data.masks import read_label_map
 from beit3.data.preprocess import Preprocess
+from beit3.data.whole_pictures import sizes_to_slide_over
 from beit3.errors import BadSampleError
 from beit3.finetune.common import Batch, FinetuneConfig, FinetuneTask, Predictions, count_classes
 from beit3.metrics.mean_iou import class_iou, confusion, mean_iou
 from beit3.model.segmentation import IGNORED, SegmentationHead, SegmentationModel, UPerNet
-from beit3.model.sliding_window import SlidingConfig, segment_views, views_of
+from beit3.model.sliding_window import SlidingConfig, segment_views
 from beit3.train.task import Loader
 
 
@@ -155,7 +156,9 @@ class _HeldOutExamples(_Pictures):
     def load(self, index: int) -> WholePicture:
         """Resize one picture; its labels keep their size."""
         name, image, labels = self.read(index)
-        return WholePicture(name, tuple(views_of(self._preprocess, image, self._slide)), torch.from_numpy(labels))
+        return WholePicture(
+            name, tuple(sizes_to_slide_over(self._preprocess, image, self._slide)), torch.from_numpy(labels)
+        )
 
     def collate(self, examples: list[WholePicture]) -> WholePictures:
         """Keep pictures together."""

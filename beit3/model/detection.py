@@ -77,7 +77,7 @@ class Detections:
 
 @config
 class DetectionSettings:
-    """What counts as found."""
+    """What counts as found, and how often a picture is looked at."""
 
     score_threshold: float = 0.05
     """Least score, itself excluded; with `soft_nms` also of scores that were lowered, so that 0.001 suits it better."""
@@ -90,8 +90,15 @@ class DetectionSettings:
     max_proposals: int = 1000
     """Most boxes of an image that the box heads look at; what they cost grows with it."""
 
+    scales: tuple[float, ...] = (1.0,)
+    """Sizes of the canvas at which a picture is looked at, relative to the usual one; what is found is merged."""
+    flip: bool = False
+    """Look at the mirror image of every size as well."""
+
     def __post_init__(self) -> None:
         check_types(self, "detection")
+        fits = bool(self.scales) and all(0.1 <= scale <= 4 for scale in self.scales)
+        require(fits, f"detection.scales must be one or more within 0.1..4, not {self.scales}")
         for name in ("score_threshold", "nms_threshold"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"detection.{name} must lie in 0..1, not {value}")

@@ -12,18 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from beit3.config import require
 from beit3.model.detection import DetectionModel, Detections, DetectionSettings, suppress
-
-if TYPE_CHECKING:
-    from PIL import Image
-
-    from beit3.data.preprocess import Preprocess
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -79,7 +72,7 @@ def detect_views(
         model: in eval mode.
         views: at least one.
         picture_size: height and width of the picture in pixels.
-        settings: None: the default ones.
+        settings: None: the default ones; what views there are is not looked up in them.
 
     Returns:
         detections in pixels of the picture.
@@ -104,46 +97,3 @@ def detect_views(
         mask = model.masks(features, [view.to_canvas(boxes)], [labels], [view.size])[0]
         masks.append(mask.flip(2) if view.flipped else mask)
     return Detections(boxes, scores, labels, torch.stack(masks).mean(dim=0))
-
-
-def detect_image(
-    model: DetectionModel,
-    preprocess: Preprocess,
-    image: Image.Image,
-    settings: DetectionSettings | None = None,
-    scales: Sequence[float] = (1.0,),
-    *,
-    flip: bool = False,
-) -> Detections:
-    """Find the objects of an RGB picture of any size, in its own pixels.
-
-    Args:
-        model: in eval mode.
-        preprocess: its image size is the canvas; it must leave pictures whole ("pad" or "squash").
-        image: any size.
-        settings: None: the default ones.
-        scales: sizes of the canvas, relative to that of `preprocess`; sides are rounded to whole patches.
-        flip: look at the mirror image of every size as well.
-
-    Raises:
-        ConfigError: a scale is out of range, or pictures are cut.
-    """
-    fits = bool(scales) and all(0.1 <= scale <= 4 for scale in scales)
-    require(fits, f"scales must be one or more within 0.1..4, not {tuple(scales)}")
-    whole = preprocess.resize in ("pad", "squash")
-    require(
-        whole, f"detection needs whole pictures: preprocess.resize must be 'pad' or 'squash', not '{preprocess.resize}'"
-    )
-    seen = [_view(model, preprocess, image, scale) for scale in scales]
-    seen += [view.mirror() for view in seen] if flip else []
-    return detect_views(model, seen, (image.height, image.width), settings)
-
-
-def _view(model: DetectionModel, preprocess: Preprocess, image: Image.Image, scale: float) -> View:
-    """A picture on a canvas of another size, on the model's device."""
-    patch, weight = model.model_config.patch_size, next(model.parameters())
-    height, width = (max(1, round(scale * side / patch)) * patch for side in preprocess.image_size)
-    fitted = preprocess.resized((height, width))
-    tall, wide = fitted.placed((image.height, image.width))
-    pixels = fitted.normalize(fitted(image)[None].to(weight.device))[0].to(weight.dtype)
-    return View(pixels, (tall, wide), (tall / image.height, wide / image.width))

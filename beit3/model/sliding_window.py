@@ -20,9 +20,6 @@ from torch import Tensor
 from beit3.config import config, require
 
 if TYPE_CHECKING:
-    from PIL import Image
-
-    from beit3.data.preprocess import Preprocess
     from beit3.model.segmentation import SegmentationModel
 
 _STRIP = 2**22
@@ -98,13 +95,6 @@ def slide(
     return total[..., : size[0], : size[1]]
 
 
-def views_of(preprocess: Preprocess, image: Image.Image, settings: SlidingConfig) -> list[Tensor]:
-    """An RGB picture at every size that it is looked at, uint8 (3, h, w) each; mirror images come later."""
-    height, width = preprocess.image_size
-    sizes = [(max(1, round(ratio * height)), max(1, round(ratio * width))) for ratio in settings.ratios]
-    return [preprocess.resized(size).whole(image) for size in sizes]
-
-
 @torch.no_grad()
 def segment_views(
     model: SegmentationModel,
@@ -141,27 +131,6 @@ def segment_views(
             total[:, rows] += model.probabilities(strip[None])[0]
     assert total is not None, "no views"
     return label_map(total, size)
-
-
-def segment_image(
-    model: SegmentationModel,
-    preprocess: Preprocess,
-    image: Image.Image,
-    settings: SlidingConfig | None = None,
-) -> Tensor:
-    """Name the class of every pixel of an RGB picture: (H, W) int64 at its own size, on the model's device.
-
-    Args:
-        model: in eval mode.
-        preprocess: its image size is the window.
-        image: any size.
-        settings: None: one size, windows that overlap by a third.
-    """
-    settings = settings or SlidingConfig()
-    weight = next(model.parameters())
-    pixels = [view[None].to(weight.device) for view in views_of(preprocess, image, settings)]
-    views = [preprocess.normalize(view)[0].to(weight.dtype) for view in pixels]
-    return segment_views(model, views, (image.height, image.width), preprocess.image_size, settings)
 
 
 def label_map(scores: Tensor, size: tuple[int, int]) -> Tensor:

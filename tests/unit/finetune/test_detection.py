@@ -159,7 +159,7 @@ def test_detections_that_are_the_objects_score_one(
     looks: dict[str, Any], config: Make, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The way back from the canvas, the masks, and the measure: whatever is between a model and its figure."""
-    task = config(**looks).build()
+    task = config(settings=DetectionSettings(max_proposals=50, **looks)).build()
     rows = {row["image_path"]: row["objects"] for row in read(data / "test.jsonl")}
     sizes = {row["image_path"]: (row["height"], row["width"]) for row in read(data / "test.jsonl")}
     order = iter(rows)
@@ -277,7 +277,6 @@ def test_what_does_not_fit_is_said(config: Make, data: Path) -> None:
     for changes, said in (
         ({"labels": None}, "give num_classes, or labels to count them"),
         ({"num_classes": 5}, "names 2 classes, num_classes is 5"),
-        ({"scales": ()}, "scales must be one or more within"),
         ({"boxes_per_image": 0}, "boxes_per_image must be at least 1"),
     ):
         with pytest.raises(ConfigError, match=said):

@@ -20,11 +20,12 @@ from beit3.config import OptimConfig, Run, replace
 from beit3.data.compose import ComposeConfig
 from beit3.data.dense_views import SegmentationViewConfig
 from beit3.data.preprocess import Preprocess
+from beit3.data.whole_pictures import segment_image
 from beit3.errors import BeitError, ConfigError
 from beit3.finetune.segmentation import Segmentation, SegmentationConfig
 from beit3.model.build import build_model
 from beit3.model.presets import ModelConfig
-from beit3.model.sliding_window import SlidingConfig, segment_image
+from beit3.model.sliding_window import SlidingConfig
 from beit3.train.optim import build_optimizer
 
 COLORS = np.array([[200, 30, 30], [30, 200, 30], [30, 30, 200]], np.uint8)

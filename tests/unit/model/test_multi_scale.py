@@ -9,10 +9,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from beit3.config import replace
 from beit3.data.preprocess import Preprocess
+from beit3.data.whole_pictures import detect_image
 from beit3.errors import ConfigError
 from beit3.model.detection import DetectionModel, Detections, DetectionSettings
-from beit3.model.multi_scale import View, detect_image, detect_views
+from beit3.model.multi_scale import View, detect_views
 from beit3.model.presets import ModelConfig
 
 PICTURE = (20, 30)
@@ -123,8 +125,8 @@ def test_a_picture_is_detected_in_its_own_pixels(size: tuple[int, int], model: D
 def test_a_mirrored_look_mirrors_the_picture_and_not_what_fills_the_canvas(model: DetectionModel) -> None:
     picture = photo(50, 40)
     mirrored = Image.fromarray(np.asarray(picture)[:, ::-1].copy())
-    one = detect_image(model, PREPROCESS, picture, SETTINGS, flip=True)
-    other = detect_image(model, PREPROCESS, mirrored, SETTINGS, flip=True)
+    one = detect_image(model, PREPROCESS, picture, replace(SETTINGS, flip=True))
+    other = detect_image(model, PREPROCESS, mirrored, replace(SETTINGS, flip=True))
     left, top, right, bottom = other.boxes.unbind(1)
     torch.testing.assert_close(one.scores, other.scores, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(one.boxes[0], torch.stack([40 - right, top, 40 - left, bottom], 1)[0], atol=0.1, rtol=0)
@@ -139,14 +141,16 @@ def test_scales_round_to_whole_patches(model: DetectionModel, monkeypatch: pytes
         return features(images)
 
     monkeypatch.setattr(model, "features", noted)
-    detect_image(model, PREPROCESS, photo(30, 30), SETTINGS, (0.1, 1.0, 1.3), flip=True)
+    detect_image(model, PREPROCESS, photo(30, 30), replace(SETTINGS, scales=(0.1, 1.0, 1.3), flip=True))
     assert seen == [(4, 4), (24, 36), (32, 48)] * 2
 
 
 def test_cut_pictures_and_odd_scales_are_refused(model: DetectionModel) -> None:
     with pytest.raises(ConfigError, match="scales must be one or more within"):
-        detect_image(model, PREPROCESS, photo(9, 9), scales=())
+        DetectionSettings(scales=())
     with pytest.raises(ConfigError, match=r"scales must be one or more within 0.1..4, not \(9,\)"):
-        detect_image(model, PREPROCESS, photo(9, 9), scales=(9,))
+        DetectionSettings(scales=(9,))
+    with pytest.raises(ConfigError, match=r"detection.scales must be values, each a finite number, not \(1, 'x'\)"):
+        DetectionSettings(scales=(1, "x"))  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="must be 'pad' or 'squash', not 'slide'"):
         detect_image(model, Preprocess(image_size=(24, 36), resize="slide"), photo(9, 9))

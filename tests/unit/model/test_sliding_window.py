@@ -13,9 +13,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from beit3.data.preprocess import Preprocess
+from beit3.data.whole_pictures import segment_image, sizes_to_slide_over
 from beit3.errors import ConfigError
 from beit3.model import sliding_window
-from beit3.model.sliding_window import SlidingConfig, label_map, segment_image, segment_views, slide, views_of
+from beit3.model.sliding_window import SlidingConfig, label_map, segment_views, slide
 
 Close = Callable[..., None]
 
@@ -173,7 +174,7 @@ def test_a_picture_gets_labels_at_its_own_size(size: tuple[int, int], scorer: An
 def test_views_have_the_sizes_asked_for() -> None:
     preprocess = Preprocess(image_size=(16, 16), resize="slide")
     image = Image.new("RGB", (60, 40))
-    views = views_of(preprocess, image, SlidingConfig(ratios=(0.5, 1.0, 1.75)))
+    views = sizes_to_slide_over(preprocess, image, SlidingConfig(ratios=(0.5, 1.0, 1.75)))
     assert [tuple(view.shape) for view in views] == [(3, 8, 12), (3, 16, 24), (3, 28, 42)]
     assert {view.dtype for view in views} == {torch.uint8}
 
