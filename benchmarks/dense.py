@@ -70,6 +70,7 @@ class Experiment:
     task: Callable[[argparse.Namespace, Path], TaskConfig]
     columns: dict[str, str]
     """Heads of the table by names of metrics."""
+    steps: int = 800
 
 
 def detector(options: argparse.Namespace, data: Path, **changes: Any) -> DetectionConfig:
@@ -124,6 +125,7 @@ def scenes(options: argparse.Namespace, **changes: Any) -> ComposeConfig:
 
 
 _BOXES = {"box_ap": "box AP", "box_ap50": "box AP50", "mask_ap": "mask AP", "mask_ap50": "mask AP50"}
+_REGIONS = {"objects_iou": "mIoU of the classes", "mean_iou": "mIoU with background"}
 EXPERIMENTS = {
     "stamps": Experiment("clip art composed on backgrounds, nine classes: detection", "stamps", detector, _BOXES),
     "maps": Experiment(
@@ -133,14 +135,16 @@ EXPERIMENTS = {
         "clip art composed on backgrounds: segmentation",
         "stamps_regions",
         segmenter,
-        {"objects_iou": "mIoU of the classes", "mean_iou": "mIoU with background"},
+        _REGIONS,
+        steps=2000,
     ),
     "scenes": Experiment("emoji composed in the run, nine groups: detection", "scenes", composed_detector, _BOXES),
     "scenes_regions": Experiment(
         "emoji composed in the run: segmentation",
         "scenes_regions",
         composed_segmenter,
-        {"objects_iou": "mIoU of the classes", "mean_iou": "mIoU with background"},
+        _REGIONS,
+        steps=2000,
     ),
 }
 
@@ -153,8 +157,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/dense"))
     parser.add_argument("--backgrounds", type=Path)
     parser.add_argument("--only", nargs="+", default=list(EXPERIMENTS), choices=list(EXPERIMENTS))
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--steps", type=int, help="of every experiment, in place of its own number")
+    parser.add_argument("--lr", type=float, default=4e-3)
     options = parser.parse_args()
     torch.set_num_threads(1)
     prepare(options)
@@ -191,18 +195,17 @@ def measure(name: str, arm: str, seed: int, options: argparse.Namespace) -> dict
     """Metrics of one run; of an earlier one if it is finished."""
     data = folder_of(EXPERIMENTS[name].folder, options)
     task = EXPERIMENTS[name].task(options, data)
+    steps = options.steps or EXPERIMENTS[name].steps
     run = Run(
         name=f"{name}-{arm}-{seed}",
         task=replace(task, init_from=options.pretrained[seed] if arm == "pretrained" else None),
         data=data,
-        out=options.out / f"{options.steps}-steps",
+        out=options.out / f"{steps}-steps",
         seed=seed,
         device="cpu",
         precision="bf16",
-        optim=OptimConfig(
-            name="nmuon", lr=options.lr, warmup_steps=options.steps // 10, weight_decay=0.1, clip_grad=1.0
-        ),
-        loop=LoopConfig(steps=options.steps, log_every=20, save_every=options.steps),
+        optim=OptimConfig(name="nmuon", lr=options.lr, warmup_steps=steps // 10, weight_decay=0.1, clip_grad=1.0),
+        loop=LoopConfig(steps=steps, log_every=20, save_every=steps),
     )
     path = run.folder / "metrics.json"
     if not path.is_file():
@@ -236,13 +239,14 @@ def _spread(values: list[float]) -> str:
 
 def write_report(options: argparse.Namespace) -> None:
     """Predictions on held-out pictures: what is there, from pretrained weights, from random ones."""
-    lead = f"Held-out pictures, first seed, {options.steps} steps. From left: what is there, pretrained, random."
+    lead = "Held-out pictures, first seed. From left: what is there, pretrained, random."
     report = Report("Detection and segmentation of a small model", lead)
     for name in options.only:
-        section = report.section(EXPERIMENTS[name].title)
+        steps = options.steps or EXPERIMENTS[name].steps
+        section = report.section(f"{EXPERIMENTS[name].title}, {steps} steps")
         task: Any = EXPERIMENTS[name].task(options, folder_of(EXPERIMENTS[name].folder, options))
         index = folder_of(EXPERIMENTS[name].folder, options) / task.eval
-        folders = [options.out / f"{options.steps}-steps" / f"{name}-{arm}-0" / "export" for arm in ARMS]
+        folders = [options.out / f"{steps}-steps" / f"{name}-{arm}-0" / "export" for arm in ARMS]
         predictors = [load(folder) for folder in folders]
         draw = draw_detections if isinstance(task, DetectionConfig) else draw_segments
         for number in range(SHOWN):
