@@ -129,7 +129,11 @@ _REGIONS = {"objects_iou": "mIoU of the classes", "mean_iou": "mIoU with backgro
 EXPERIMENTS = {
     "stamps": Experiment("clip art composed on backgrounds, nine classes: detection", "stamps", detector, _BOXES),
     "maps": Experiment(
-        "regions of maps, one class: detection", "maps", detector, {"mask_ap": "mask AP", "mask_ap50": "mask AP50"}
+        "regions of maps, one class: detection",
+        "maps",
+        detector,
+        {"mask_ap": "mask AP", "mask_ap50": "mask AP50"},
+        steps=400,
     ),
     "stamps_regions": Experiment(
         "clip art composed on backgrounds: segmentation",
@@ -144,7 +148,7 @@ EXPERIMENTS = {
         "scenes_regions",
         composed_segmenter,
         _REGIONS,
-        steps=2000,
+        steps=1000,
     ),
 }
 
