@@ -240,20 +240,59 @@ class LoopConfig:
     """Steps between two evaluations; 0: only after the last step."""
     save_every: int = 500
     """Steps between two checkpoints; the last step is always saved."""
+    save_minutes: float | None = None
+    """Save as well whenever this much time has passed since the last checkpoint."""
     keep: int = 2
     """Number of newest checkpoints kept."""
+    keep_every: int = 0
+    """Checkpoints of multiples of this step are kept for ever; 0: none."""
+    keep_best: str | None = None
+    """Metric of evaluations whose highest value is saved at once and kept; a leading '-' keeps the lowest."""
     num_workers: int = 0
     """Data processes per rank and stream; 0 loads in the training process."""
     compile: bool = False
     """Compile the model's blocks with `torch.compile`."""
     max_bad_steps: int = 5
     """Steps in a row with a NaN or infinite loss or gradient (each is skipped) before the run ends as diverged."""
+    max_bad_fraction: float = 0.2
+    """Share of samples that cannot be used (unreadable pictures, no caption) at which the run ends."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "accumulate", "log_every", "save_every", "keep", "max_bad_steps"):
             require(getattr(self, name) >= 1, f"loop.{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("eval_every", "num_workers"):
+        for name in ("eval_every", "num_workers", "keep_every"):
             require(getattr(self, name) >= 0, f"loop.{name} must not be negative, not {getattr(self, name)}")
+        require(
+            self.save_minutes is None or self.save_minutes > 0, f"loop.save_minutes must be above 0: {self.save_minutes}"
+        )
+        require(
+            self.keep_best is None or (bool(self.keep_best.lstrip("-")) and self.eval_every > 0),
+            "loop.keep_best needs the name of a metric, and loop.eval_every above 0",
+        )
+        require(
+            0 < self.max_bad_fraction <= 1, f"loop.max_bad_fraction must lie in 0..1, not {self.max_bad_fraction}"
+        )
+
+
+@config
+class MeshConfig:
+    """How weights lie over the ranks of a run; torchrun decides how many ranks there are."""
+
+    shard: int = 1
+    """Ranks over which one copy of weights, gradients and optimizer state is divided (FSDP2). 1: every rank holds all
+    (DDP); 0: one copy over all ranks; any other number: so many ranks to a copy (hybrid: the ranks of a node, say)."""
+    reshard: bool = True
+    """Give the gathered weights of a block back after its forward pass, and gather them again for the backward pass:
+    less memory, more traffic."""
+    offload: bool = False
+    """Keep divided weights, gradients and optimizer state in the host's memory."""
+    timeout: float = 600.0
+    """Seconds that ranks wait for each other before the run ends and names who is missing."""
+
+    def __post_init__(self) -> None:
+        require(self.shard >= 0, f"mesh.shard must not be negative, not {self.shard}")
+        require(not self.offload or self.shard != 1, "mesh.offload needs divided weights: set mesh.shard to 0")
+        require(self.timeout > 0, f"mesh.timeout must be above 0 seconds, not {self.timeout}")
 
 
 @config
@@ -275,8 +314,11 @@ class Run:
     """Continue from the newest valid checkpoint of the run's folder."""
     overwrite: bool = False
     """Delete an earlier run of the same name first."""
+    allow_data_change: bool = False
+    """Resume although the data differ from those the run began with: all streams begin anew."""
     optim: OptimConfig = OptimConfig()
     loop: LoopConfig = LoopConfig()
+    mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self) -> None:
         require(bool(self.name) and "/" not in self.name, f"name must be a plain folder name, not '{self.name}'")

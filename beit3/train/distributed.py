@@ -28,6 +28,8 @@ class Ranks:
     device: torch.device
     patient: dist.ProcessGroup | None = None
     """All ranks, for waiting long."""
+    background: dist.ProcessGroup | None = None
+    """All ranks, for the thread that writes checkpoints; over the CPU, and patient as well."""
 
     @property
     def is_main(self) -> bool:
@@ -79,7 +81,9 @@ def join_ranks(device_name: str) -> Iterator[Ranks]:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
     try:
         patient = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        background = dist.new_group(backend="gloo", timeout=_PATIENCE)
         assert isinstance(patient, dist.ProcessGroup)  # every rank is a member
-        yield Ranks(dist.get_rank(), world_size, device, patient)
+        assert isinstance(background, dist.ProcessGroup)
+        yield Ranks(dist.get_rank(), world_size, device, patient, background)
     finally:
         dist.destroy_process_group()

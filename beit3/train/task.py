@@ -19,19 +19,34 @@ B_co = TypeVar("B_co", covariant=True)
 
 
 class Loader(Protocol[B_co]):
-    """An endless source of batches whose exact position can be saved."""
+    """An endless source of one rank's batches whose exact position can be saved."""
 
     @property
     def skipped(self) -> Counter[str]:
         """Samples left out so far, by reason."""
 
+    @property
+    def used(self) -> int:
+        """Samples that entered batches so far."""
+
+    @property
+    def keys(self) -> Sequence[str]:
+        """Names of the samples of the batch drawn last."""
+
     def __iter__(self) -> Iterator[B_co]: ...
 
     def state_dict(self) -> dict[str, Any]:
-        """The position: everything needed to go on with the next batch, bit for bit."""
+        """The position: everything needed to go on with the next batch, bit for bit; plain data."""
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a saved position."""
+    def load_state_dict(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Go to a saved position.
+
+        Args:
+            states: what each rank saved, in the order of ranks; there may have been more or fewer of them than now.
+
+        Raises:
+            ConfigError: the position means nothing to this loader, and why.
+        """
 
 
 class OneStream(Generic[B]):
@@ -51,6 +66,16 @@ class OneStream(Generic[B]):
         """Samples left out so far, by reason."""
         return self._loader.skipped
 
+    @property
+    def used(self) -> int:
+        """Samples that entered batches so far."""
+        return self._loader.used
+
+    @property
+    def keys(self) -> Sequence[str]:
+        """Names of the samples of the batch drawn last."""
+        return self._loader.keys
+
     def __iter__(self) -> Iterator[B]:
         for batches in self._loader:
             yield batches[self._name]
@@ -59,9 +84,9 @@ class OneStream(Generic[B]):
         """The stream's position."""
         return self._loader.state_dict()
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, states: Sequence[Mapping[str, Any]]) -> None:
         """Go to a saved position."""
-        self._loader.load_state_dict(state)
+        self._loader.load_state_dict(states)
 
 
 @dataclass(frozen=True, slots=True)
