@@ -142,7 +142,9 @@ EXPERIMENTS = {
         _REGIONS,
         steps=2000,
     ),
-    "scenes": Experiment("emoji composed in the run, nine groups: detection", "scenes", composed_detector, _BOXES),
+    "scenes": Experiment(
+        "emoji composed in the run, nine groups: detection", "scenes", composed_detector, _BOXES, steps=400
+    ),
     "scenes_regions": Experiment(
         "emoji composed in the run: segmentation",
         "scenes_regions",
