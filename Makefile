@@ -6,12 +6,13 @@ READY := $(VENV)/.installed
 PEERS := $(VENV)/.peers
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help install quickstart test test-slow check format clean
+.PHONY: help install quickstart test test-slow faults check format clean
 
 help:
 	@echo "make quickstart  train and look at a small BEiT-3 on real pictures (ten minutes on two CPU cores)"
 	@echo "make test        the test suite"
 	@echo "make test-slow   the tests marked slow"
+	@echo "make faults      all tests of kills, hangs and damaged files, the long ones too (half an hour on two cores)"
 	@echo "make check       format, lint and strict types over library, recipes, tests, examples, benchmarks"
 	@echo "make format      let ruff rewrite what 'make check' would complain about"
 
@@ -36,7 +37,10 @@ test: $(PEERS)
 	$(BIN)/python -m pytest -m "not slow and not gpu" tests
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest -m slow tests
+	$(BIN)/python -m pytest -m slow tests --ignore tests/faults
+
+faults: $(PEERS)
+	$(BIN)/python -m pytest tests/faults
 
 check: $(READY)
 	$(BIN)/ruff format --check .

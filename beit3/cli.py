@@ -91,6 +91,27 @@ def _train(arguments: Arguments) -> None:
         print(f"{run.folder}: text tokenizer with {len(tokenizer):,} ids")
 
 
+def _plan(arguments: Arguments) -> None:
+    """What a run needs on other machines: beit3 plan FILE[:variant] --gpus N [--gpu h100] [--field value ...]."""
+    from beit3.plan import PlanOptions, print_plan
+    from beit3.recipes import load_recipe
+
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: beit3 plan FILE[:variant] --gpus N [--gpu h100] [--field value ...]")
+        print("\nMemory, time, traffic, data and checkpoints of a run on GPUs that need not be here.")
+        print("beit3 plan FILE --help lists the options; fields are those of beit3 train FILE.")
+        return
+    if arguments[0].startswith("-"):
+        raise ConfigError(f"beit3 plan needs a recipe before '{arguments[0]}': beit3 plan FILE[:variant] --gpus N ...")
+    prog = f"beit3 plan {arguments[0]}"
+    default = load_recipe(arguments[0])
+    if not isinstance(default, Run):
+        raise ConfigError(f"{arguments[0]} trains no network: there is nothing to plan")
+    with _one_line(prog):
+        options, fields = tyro.cli(PlanOptions, args=list(arguments[1:]), prog=prog, return_unknown_args=True)
+    print_plan(_override(default, fields, prog), options)
+
+
 def _prepare(arguments: Arguments) -> None:
     """Make shards of a corpus, or indexes of a finetuning set: beit3 prepare KIND SOURCE ... [--out FOLDER]."""
     from beit3.data.finetuning import FINETUNING_SETS
@@ -306,6 +327,7 @@ def _field(item: str) -> tuple[str, str]:
 VERBS: dict[str, Callable[[Arguments], None]] = {
     "quickstart": _quickstart,
     "train": _train,
+    "plan": _plan,
     "evaluate": _evaluate,
     "prepare": _prepare,
     "tokenize": _tokenize,

@@ -179,6 +179,11 @@ class TaskConfig(ABC):
     def build(self) -> Any:
         """Build the Task (`beit3.train.task.Task`) with random or given weights on the CPU."""
 
+    @property
+    def sizes(self) -> Any:
+        """What a batch of all ranks is made of (`beit3.model.memory.BatchSizes`), for plans; None: not counted."""
+        return None
+
     def in_folder(self, data: Path) -> Self:
         """The same for a run on this data folder, where files that the Task reads when it is built are looked for."""
         return self
@@ -263,15 +268,14 @@ class LoopConfig:
         for name in ("eval_every", "num_workers", "keep_every"):
             require(getattr(self, name) >= 0, f"loop.{name} must not be negative, not {getattr(self, name)}")
         require(
-            self.save_minutes is None or self.save_minutes > 0, f"loop.save_minutes must be above 0: {self.save_minutes}"
+            self.save_minutes is None or self.save_minutes > 0,
+            f"loop.save_minutes must be above 0: {self.save_minutes}",
         )
         require(
             self.keep_best is None or (bool(self.keep_best.lstrip("-")) and self.eval_every > 0),
             "loop.keep_best needs the name of a metric, and loop.eval_every above 0",
         )
-        require(
-            0 < self.max_bad_fraction <= 1, f"loop.max_bad_fraction must lie in 0..1, not {self.max_bad_fraction}"
-        )
+        require(0 < self.max_bad_fraction <= 1, f"loop.max_bad_fraction must lie in 0..1, not {self.max_bad_fraction}")
 
 
 @config

@@ -33,6 +33,14 @@ class PreemptedError(BeitError):
     exit_code = 75
 
 
+class RankLostError(BeitError):
+    """Another process of the run ended or does not answer; its own message, if any, says why."""
+
+
+class BadDataError(BeitError):
+    """More samples cannot be used than a run tolerates."""
+
+
 class BadSampleError(BeitError):
     """One sample of a data set cannot be used; `reason` is the name it is counted under."""
 

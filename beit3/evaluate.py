@@ -57,6 +57,8 @@ _OF_IMAGES = ("classification", "detection", "segmentation")
 """Tasks that read no text."""
 _MOST_ROWS = 24
 """Figures of single classes that a terminal shows."""
+_BATCH, _DENSE_BATCH = 64, 8
+"""Examples of one batch."""
 _LEAST_SCORE, _LEAST_SOFT_SCORE = 0.05, 0.001
 """Of detections that count; lowered scores still order what overlaps (detectron2's settings)."""
 
@@ -77,8 +79,8 @@ class Evaluation:
     """yardsticks: index file that they learn from."""
     out: Path = Path("evaluation")
     """folder for metrics.json and what was predicted; the same command goes on with what an interrupted one left."""
-    batch_size: int = 64
-    """examples of one batch of all ranks."""
+    batch_size: int | None = None
+    """examples of one batch of all ranks; left out, 8 for detection and segmentation, 64 for all others."""
     workers: int = 0
     """data processes of each rank."""
     image_size: int | None = None
@@ -147,7 +149,7 @@ def _run_task(asked: Evaluation, ranks: Ranks) -> dict[str, float]:
         "tokenizer": None if found.tokenizer is None else str(found.tokenizer),
         "labels": None if found.labels is None else str(found.labels),
         "task": task.kind.task,
-        "batch_size": asked.batch_size,
+        "batch_size": batch_size_of(asked, task.kind.task, ranks.world_size),
         "image_size": list(task.preprocess.image_size),
         "ranks": ranks.world_size,
         "num_beams": asked.num_beams,
@@ -161,6 +163,14 @@ def _run_task(asked: Evaluation, ranks: Ranks) -> dict[str, float]:
     return _finish(task, examples.index.left_out(), asked.out) if ranks.is_main else {}
 
 
+def batch_size_of(asked: Evaluation, task: str | None, num_ranks: int) -> int:
+    """Examples of one batch of all ranks: as asked for, or as many as large canvases leave memory for."""
+    if asked.batch_size is not None:
+        return asked.batch_size
+    usual = _DENSE_BATCH if task in ("detection", "segmentation") else _BATCH
+    return max(1, usual // num_ranks) * num_ranks
+
+
 def _run_yardstick(asked: Evaluation, ranks: Ranks) -> dict[str, float]:
     assert asked.train is not None
     return measure_tower(
@@ -169,7 +179,7 @@ def _run_yardstick(asked: Evaluation, ranks: Ranks) -> dict[str, float]:
         {"train": asked.train, "test": asked.data},
         asked.out,
         ranks,
-        asked.batch_size,
+        batch_size_of(asked, asked.task, ranks.world_size),
         asked.workers,
         asked.pooling,
         asked.central_crop,
@@ -187,7 +197,7 @@ def _run_zero_shot(asked: Evaluation, ranks: Ranks) -> dict[str, float]:
         asked.out,
         ranks,
         asked.prompts,
-        asked.batch_size,
+        batch_size_of(asked, asked.task, ranks.world_size),
         asked.workers,
         asked.overwrite,
     )
@@ -249,7 +259,7 @@ def _dense_fields(task: str, looks: Mapping[str, Any]) -> dict[str, Any]:
     """How pictures are looked at, as the configuration of the Task says it."""
     scales, flip = tuple(looks.get("scales", (1.0,))), bool(looks.get("flip", False))
     if task == "segmentation":
-        return {"slide": SlidingConfig(ratios=scales, flip=flip)}
+        return {"slide": SlidingConfig(scales=scales, flip=flip)}
     soft = bool(looks.get("soft_nms", False))
     least = _LEAST_SOFT_SCORE if soft else _LEAST_SCORE
     return {"settings": DetectionSettings(soft_nms=soft, score_threshold=least, scales=scales, flip=flip)}
@@ -313,7 +323,7 @@ def _predict_all(
     batches = evaluation_batches(
         examples,
         examples.collate,
-        batch_size=asked.batch_size,
+        batch_size=batch_size_of(asked, task.kind.task, ranks.world_size),
         rank=ranks.rank,
         world_size=ranks.world_size,
         num_workers=asked.workers,
@@ -337,7 +347,7 @@ def _finish(task: FinetuneTask[Any, Any], left_out: dict[str, float], out: Path)
         for row in task.readable(rows):
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     submitted = task.submission(rows)
-    if submitted:
+    if submitted is not None:
         _write(out / _SUBMISSION, submitted)
     return metrics
 

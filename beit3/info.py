@@ -1,4 +1,4 @@
-"""What a file or folder holds: a model, a visual or text tokenizer, prepared data; and a page about a tokenizer."""
+"""What a file or folder holds: a model, a tokenizer, prepared data, checkpoints; and a page about a tokenizer."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
+from beit3.checkpoint_info import CheckpointReport, describe_checkpoints, holds_checkpoints
 from beit3.config import require
 from beit3.data.shard_writer import PrepareReport
 from beit3.data.shards import REPORT_FILE
@@ -23,9 +24,9 @@ from beit3.tokenizer.teachers import KINDS, TeacherConfig, read_teacher
 from beit3.tokenizer.text import TextTokenizer
 from beit3.tokenizer.vqkd import VQKD
 from beit3.tokenizer_page import load_pictures, write_tokenizer_page
-from beit3.train.loop import EXPORT, RUN_FILE
+from beit3.train.folder import EXPORT, RUN_FILE
 
-Held = VQKD | AnyModel | TextTokenizer | CodeTable | PrepareReport | ConfigError
+Held = VQKD | AnyModel | TextTokenizer | CodeTable | PrepareReport | CheckpointReport | ConfigError
 """What a source holds; a `ConfigError` says why weights are none of these."""
 
 
@@ -42,7 +43,7 @@ def info(
 
     Args:
         source: folder of a run or its export, "hf-hub:organisation/name", released `.pth` file, `.spm` file, prepared
-            data, or recorded codes.
+            data, recorded codes, or the `checkpoints` of a run or one of them, whose files are verified.
         page: HTML file to write about a visual tokenizer; needs `images`.
         images: prepared folder whose pictures the page shows.
         number: pictures of the page, drawn at random.
@@ -56,6 +57,8 @@ def info(
     print("\n".join(lines))
     if isinstance(held, ConfigError):
         raise held
+    if isinstance(held, CheckpointReport):
+        held.require_whole()
     if page is None or images is None:
         return
     if not isinstance(held, VQKD):
@@ -93,9 +96,12 @@ def open_source(source: Path) -> tuple[Path, Held, list[str]]:
     if source.suffix == ".spm":
         text = TextTokenizer.load(source)
         return source, text, [f"{source}: text tokenizer", f"  ids         {len(text):,}, <mask> is {text.mask_id}"]
+    if not (source / CONFIG_FILE).is_file() and holds_checkpoints(source):
+        checkpoints = describe_checkpoints(source)
+        return source, checkpoints, checkpoints.lines
     deepspeed = (source / "latest").is_file() or any(source.glob("mp_rank_*"))
     if not (source / CONFIG_FILE).is_file() and not source.is_file() and not deepspeed:
-        raise ConfigError(f"{source} holds no model, tokenizer, prepared data or codes")
+        raise ConfigError(f"{source} holds no model, tokenizer, prepared data, codes or checkpoints")
     return source, *_open_weights(source)
 
 

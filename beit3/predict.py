@@ -316,7 +316,7 @@ class Predictor:
             ConfigError: the model does not segment, or a setting is out of range.
         """
         model = self._needs(SegmentationModel, "segment")
-        settings = SlidingConfig(ratios=tuple(scales), flip=flip)
+        settings = SlidingConfig(scales=tuple(scales), flip=flip)
         return [segment_image(model, self.preprocess, picture, settings).cpu() for picture in self._opened(images)]
 
     def output_names(self) -> list[str]:

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -71,6 +72,7 @@ def _open(path: Path) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module: Any = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where python looks for what classes of a recipe are made of
     spec.loader.exec_module(module)
     assert isinstance(module, ModuleType)
     return module

@@ -4,6 +4,9 @@
     beit3 prepare coco-detection SEG_MAPS --out DATA/maps          # maps whose regions are objects, one class
     python benchmarks/dense.py --data DATA --pretrained RUN0 RUN1 RUN2 --out OUT
 
+DET_STAMPS and SEG_MAPS hold a train and a test split in COCO's format; any such folders will do. The figures are of 500
+composed pictures of nine classes of clip art, and of 154 maps with 4,047 regions.
+
 RUN0, ... are exports of pretrained models of the small shape below, one for each seed (such as those of
 `objectives.py`). Scenes of the embedded emoji are composed in the run and held out by emoji; `--backgrounds FOLDER`
 puts them on photographs. Runs that are finished are kept. OUT/report.html shows predictions of the first seed.
@@ -14,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,13 +69,16 @@ class Experiment:
     title: str
     folder: str
     """Of `--data`, or of what is composed."""
-    task: Callable[[argparse.Namespace, Path], TaskConfig]
+    task: Callable[..., TaskConfig]
+    """`detector` or `segmenter`."""
     columns: dict[str, str]
     """Heads of the table by names of metrics."""
     steps: int = 800
+    composed: bool = False
+    """Whether training scenes are composed in the run."""
 
 
-def detector(options: argparse.Namespace, data: Path, **changes: Any) -> DetectionConfig:
+def detector(data: Path, **changes: Any) -> DetectionConfig:
     """A small cascade."""
     fields: dict[str, Any] = {
         "model": MODEL,
@@ -91,12 +96,7 @@ def detector(options: argparse.Namespace, data: Path, **changes: Any) -> Detecti
     return DetectionConfig(**{**fields, **changes})
 
 
-def composed_detector(options: argparse.Namespace, data: Path) -> DetectionConfig:
-    """The same on scenes that are composed in the run."""
-    return detector(options, data, compose=scenes(options), eval="coco_detection.val.jsonl")
-
-
-def segmenter(options: argparse.Namespace, data: Path, **changes: Any) -> SegmentationConfig:
+def segmenter(data: Path, **changes: Any) -> SegmentationConfig:
     """A small UPerNet."""
     fields: dict[str, Any] = {
         "model": MODEL,
@@ -110,11 +110,6 @@ def segmenter(options: argparse.Namespace, data: Path, **changes: Any) -> Segmen
         "view": SegmentationViewConfig(scale=(0.8, 1.25), max_class_share=1.0, distort=False),
     }
     return SegmentationConfig(**{**fields, **changes})
-
-
-def composed_segmenter(options: argparse.Namespace, data: Path) -> SegmentationConfig:
-    """The same on scenes that are composed in the run."""
-    return segmenter(options, data, compose=scenes(options), eval="coco_detection.val.jsonl")
 
 
 def scenes(options: argparse.Namespace, **changes: Any) -> ComposeConfig:
@@ -143,14 +138,15 @@ EXPERIMENTS = {
         steps=2000,
     ),
     "scenes": Experiment(
-        "emoji composed in the run, nine groups: detection", "scenes", composed_detector, _BOXES, steps=400
+        "emoji composed in the run, nine groups: detection", "scenes", detector, _BOXES, steps=400, composed=True
     ),
     "scenes_regions": Experiment(
         "emoji composed in the run: segmentation",
         "scenes_regions",
-        composed_segmenter,
+        segmenter,
         _REGIONS,
         steps=1000,
+        composed=True,
     ),
 }
 
@@ -191,6 +187,14 @@ def prepare(options: argparse.Namespace) -> None:
             write_label_maps(source, made / f"{name}_regions")
 
 
+def task_of(name: str, options: argparse.Namespace) -> Any:
+    """Model and data of an experiment, from random weights."""
+    data, experiment = folder_of(EXPERIMENTS[name].folder, options), EXPERIMENTS[name]
+    if experiment.composed:
+        return experiment.task(data, compose=scenes(options), eval="coco_detection.val.jsonl")
+    return experiment.task(data)
+
+
 def folder_of(name: str, options: argparse.Namespace) -> Path:
     """Where the data of an experiment lie."""
     given: Path = options.data / name
@@ -199,13 +203,11 @@ def folder_of(name: str, options: argparse.Namespace) -> Path:
 
 def measure(name: str, arm: str, seed: int, options: argparse.Namespace) -> dict[str, float]:
     """Metrics of one run; of an earlier one if it is finished."""
-    data = folder_of(EXPERIMENTS[name].folder, options)
-    task = EXPERIMENTS[name].task(options, data)
     steps = options.steps or EXPERIMENTS[name].steps
     run = Run(
         name=f"{name}-{arm}-{seed}",
-        task=replace(task, init_from=options.pretrained[seed] if arm == "pretrained" else None),
-        data=data,
+        task=replace(task_of(name, options), init_from=options.pretrained[seed] if arm == "pretrained" else None),
+        data=folder_of(EXPERIMENTS[name].folder, options),
         out=options.out / f"{steps}-steps",
         seed=seed,
         device="cpu",
@@ -215,9 +217,7 @@ def measure(name: str, arm: str, seed: int, options: argparse.Namespace) -> dict
     )
     path = run.folder / "metrics.json"
     if not path.is_file():
-        begun = time.process_time()
         fit(replace(run, overwrite=True))
-        (run.folder / "seconds.json").write_text(json.dumps(time.process_time() - begun))
     metrics: dict[str, float] = json.loads(path.read_text())
     each = [value for key, value in metrics.items() if key.startswith("iou/") and key != f"iou/{BACKGROUND}"]
     if each:
@@ -250,7 +250,7 @@ def write_report(options: argparse.Namespace) -> None:
     for name in options.only:
         steps = options.steps or EXPERIMENTS[name].steps
         section = report.section(f"{EXPERIMENTS[name].title}, {steps} steps")
-        task: Any = EXPERIMENTS[name].task(options, folder_of(EXPERIMENTS[name].folder, options))
+        task = task_of(name, options)
         index = folder_of(EXPERIMENTS[name].folder, options) / task.eval
         folders = [options.out / f"{steps}-steps" / f"{name}-{arm}-0" / "export" for arm in ARMS]
         predictors = [load(folder) for folder in folders]
@@ -267,7 +267,7 @@ def draw_detections(index: Path, number: int, predictors: list[Predictor]) -> tu
     names = read_labels(index.with_name("labels.json"))
     image = Image.open(row.image_path).convert("RGB")
     drawn = [draw_objects(image, [_as_found(item, names, (row.height, row.width)) for item in row.objects])]
-    drawn += [draw_objects(image, predictor.detect([image], score_threshold=0.3)[0]) for predictor in predictors]
+    drawn += [draw_objects(image, predictor.detect([image], score_threshold=0.15)[0]) for predictor in predictors]
     return _beside(drawn), Path(row.image_path).name
 
 

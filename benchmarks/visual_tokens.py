@@ -37,7 +37,8 @@ from beit3.pretrain.masked_batches import MaskedBatch
 from beit3.pretrain.masked_image_modeling import MaskedImageModeling, MaskedImageModelingConfig
 from beit3.recipes import load_recipe
 from beit3.tokenizer.vqkd import VQKD, vqkd_config
-from beit3.train.loop import EXPORT, fit
+from beit3.train.folder import EXPORT
+from beit3.train.loop import fit
 
 Features = dict[str, Tensor]
 """(n, D) by name."""

@@ -1,7 +1,7 @@
 """Boxes and masks on COCO: Cascade Mask R-CNN on the image tower, with windows and a simple pyramid (ViTDet's recipe).
 
 Command:  torchrun --nproc-per-node 8 -m beit3 train finetune/coco_detection_base.py[:VARIANT] --data COCO
-          VARIANT: large, mask_rcnn, objects365, giant
+          VARIANT: large, mask_rcnn, objects365, objects365_large, giant
 Needs:    COCO/coco_detection.{train,val}.jsonl (`beit3 prepare coco-detection COCO`); here the released checkpoint
 Hardware: ViTDet's own took 1,190 (base) and 2,110 (large) A100-hours, 12 and 22 GB at an image a GPU. Not run here
 Expected: nobody published BEiT-3 base or large. On val2017, box / mask AP, with MAE's weights (ViTDet's README):
@@ -82,6 +82,19 @@ def objects365() -> Run:
         name="coco_detection_base_objects365",
         **{
             "task.init_from": Path("runs/objects365_base/export"),
+            "optim.lr": 5e-5,
+            "loop.steps": 36_965,
+        },
+    )
+
+
+def objects365_large() -> Run:
+    """Large from a detector of Objects365, with the same length and rate."""
+    return replace(
+        large(),
+        name="coco_detection_large_objects365",
+        **{
+            "task.init_from": Path("runs/objects365_large/export"),
             "optim.lr": 5e-5,
             "loop.steps": 36_965,
         },

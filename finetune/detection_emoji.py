@@ -3,7 +3,8 @@
 Command:  beit3 train finetune/detection_emoji.py[:random] --data SCENES
 Needs:    SCENES of examples/compose_scenes.py, and runs/mdm_emoji, which the variant `random` does without
 Hardware: one CPU core, a quarter of an hour
-Expected: the table of benchmarks/README.md, `dense.py`, on scenes like these. It says nothing about photographs
+Expected: no figure of this recipe is known. The table of `dense.py` in benchmarks/README.md is of a smaller variant
+          (fewer steps) on scenes like these. Neither says anything about photographs
 """
 
 from pathlib import Path

@@ -3,7 +3,8 @@
 Command:  torchrun --nnodes 8 --nproc-per-node 8 -m beit3 train finetune/objects365_base.py[:large|giant] --data O365
 Needs:    O365/coco_detection.{train,val}.jsonl (`beit3 prepare coco-detection O365`); here the released checkpoint
 Hardware: 26 million images: 2,600 (base) and 4,700 (large) A100-hours at the speed that ViTDet reports. Not run here
-Expected: no figure is published for BEiT-3; it is a start for `finetune/coco_detection_base.py:objects365` and `:giant`
+Expected: no figure is published for BEiT-3; it is a start for `finetune/coco_detection_base.py`, variants
+          `objects365`, `objects365_large` and `giant`
 Source:   arXiv 2208.10442, appendix (giant); base and large with the layer decay, drop path and size that ViTDet
           (arXiv 2203.16527) has on COCO
 """

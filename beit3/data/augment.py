@@ -13,6 +13,8 @@ are other ones, so runs are alike in distribution only.
 
 from __future__ import annotations
 
+from math import inf
+
 from PIL import Image
 from timm.data import create_transform
 from timm.data.auto_augment import RandAugment, rand_augment_ops
@@ -183,5 +185,5 @@ def erase_at_random(images: Tensor, probability: float) -> Tensor:
 
 def _check_crop(scale: tuple[float, float], ratio: tuple[float, float], flip: float) -> None:
     require(0 < scale[0] <= scale[1] <= 1, f"scale must rise within 0..1, not {scale}")
-    require(0 < ratio[0] <= ratio[1], f"ratio must rise from above 0, not {ratio}")
+    require(0 < ratio[0] <= ratio[1] < inf, f"ratio must rise from above 0, not {ratio}")
     require(0 <= flip <= 1, f"flip is a probability, not {flip}")

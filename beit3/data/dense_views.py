@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Any, TypeVar
 
 import numpy as np
@@ -77,7 +78,7 @@ class DetectionViewConfig:
     """Shortest side in pixels of the view; what shows less of an object is not asked for."""
 
     def __post_init__(self) -> None:
-        require(0 < self.scale[0] <= self.scale[1], f"scale must rise from above 0, not {self.scale}")
+        require(0 < self.scale[0] <= self.scale[1] < inf, f"scale must rise from above 0, not {self.scale}")
         require(0 <= self.flip <= 1, f"flip is a probability, not {self.flip}")
         require(0 <= self.color_jitter <= 1, f"color_jitter must lie in 0..1, not {self.color_jitter}")
         require(self.min_box_size > 0, f"min_box_size must be above 0, not {self.min_box_size}")
@@ -229,7 +230,7 @@ class SegmentationViewConfig:
     """Vary brightness, contrast, saturation and hue."""
 
     def __post_init__(self) -> None:
-        require(0 < self.scale[0] <= self.scale[1], f"scale must rise from above 0, not {self.scale}")
+        require(0 < self.scale[0] <= self.scale[1] < inf, f"scale must rise from above 0, not {self.scale}")
         require(0 < self.max_class_share <= 1, f"max_class_share must lie in 0..1, not {self.max_class_share}")
         require(0 <= self.flip <= 1, f"flip is a probability, not {self.flip}")
 

@@ -3,10 +3,15 @@
 A training batch is a pure function of (seed, rank, number of the batch): the order of an epoch follows from (seed,
 epoch), and whatever `load` draws from the generators of torch, numpy and python follows from (seed, epoch, index). So
 the state is a number, data processes may run ahead of it, and how many there are changes nothing.
+
+How many ranks there are changes neither which examples the batch of a step is made of, nor the view of each. It changes
+what stands in for an example that cannot be used (the next good one of the rank's share) and what `collate` draws, such
+as the pairs that mixup mixes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 from collections import Counter
@@ -14,12 +19,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader
 
 from beit3.config import require
+from beit3.data.data_processes import next_item, start_processes
+from beit3.data.fingerprint import Fingerprint
 from beit3.data.randomness import seeded
+from beit3.data.resume import is_same_data, share_of_counts
 from beit3.errors import BadSampleError, BeitError
 
 T = TypeVar("T")
@@ -44,6 +50,7 @@ class _Drawn(NamedTuple):
     """What a data process sends: a batch, or the error that ends the run (a raised one would arrive as a page)."""
 
     batch: Any
+    indices: list[int]
     skipped: dict[str, int]
     error: BeitError | None
 
@@ -66,6 +73,8 @@ class ExampleLoader(Generic[T, B]):
         rank: int = 0,
         world_size: int = 1,
         num_workers: int = 0,
+        data: Fingerprint | None = None,
+        allow_data_change: bool = False,
     ) -> None:
         """Check the sizes; nothing is loaded yet.
 
@@ -77,6 +86,8 @@ class ExampleLoader(Generic[T, B]):
             rank: this process among `world_size`.
             world_size: processes that share each batch.
             num_workers: data processes of this rank; 0 loads in this process.
+            data: what the examples are made of; a saved position holds for nothing else.
+            allow_data_change: begin anew if a state belongs to other data, instead of refusing it.
 
         Raises:
             ConfigError: the batch is not divisible by the ranks, or larger than the data.
@@ -87,19 +98,27 @@ class ExampleLoader(Generic[T, B]):
         """Examples left out so far on this rank, by reason."""
         self._batches = _TrainingBatches(examples, collate, size, seed, rank, world_size)
         self._num_workers = num_workers
-        self._layout = {
-            "examples": len(examples),
-            "batch_size": batch_size,
-            "seed": seed,
-            "rank": rank,
-            "world_size": world_size,
-        }
+        self._data: Fingerprint = {**(data or {}), "the whole": {"examples": len(examples)}}
+        self._allow_data_change = allow_data_change
+        self._settings = {"batch_size": batch_size, "seed": seed}
+        self._rank, self._world_size = rank, world_size
         self._drawn = 0
+        self._indices: list[int] = []
         self._prefetched: Iterator[_Drawn] | None = None
 
     def __len__(self) -> int:
         """Count the batches of one epoch."""
         return len(self._batches)
+
+    @property
+    def used(self) -> int:
+        """Examples that entered batches so far on this rank."""
+        return self._drawn * self._batches.size
+
+    @property
+    def keys(self) -> list[str]:
+        """Numbers of the examples of the batch drawn last."""
+        return [str(index) for index in self._indices]
 
     def __iter__(self) -> Iterator[B]:
         """Continue after the last batch drawn, for ever.
@@ -123,26 +142,43 @@ class ExampleLoader(Generic[T, B]):
             raise
         self.skipped.update(drawn.skipped)
         self._drawn += 1
+        self._indices = drawn.indices
         batch: B = drawn.batch
         return batch
 
     def state_dict(self) -> dict[str, Any]:
         """The position after the last batch drawn, whatever data processes have prepared beyond it."""
         epoch, batches = divmod(self._drawn, len(self))
-        return {"epoch": epoch, "batches": batches, "skipped": dict(self.skipped), "layout": dict(self._layout)}
+        return {
+            "epoch": epoch,
+            "batches": batches,
+            "skipped": dict(self.skipped),
+            "settings": dict(self._settings),
+            "data": self._data,
+        }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go to a saved position; the number of data processes may differ.
+    def load_state_dict(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Go to a saved position; the numbers of ranks and of data processes may differ.
+
+        Args:
+            states: what each rank saved, in the order of ranks.
 
         Raises:
-            ConfigError: the state belongs to other data, or another batch size, seed, rank or world size.
+            ConfigError: the states belong to other data (which `allow_data_change` accepts), or to another batch size
+                or seed.
         """
-        for name, value in self._layout.items():
-            saved = state["layout"][name]
+        state = states[0]
+        allowed = self._allow_data_change
+        if not is_same_data(state.get("data"), self._data, allow_change=allowed, rank=self._rank):
+            self.close()
+            self._drawn, self.skipped = 0, Counter()
+            return
+        for name, value in self._settings.items():
+            saved = state["settings"][name]
             require(saved == value, f"the data state was saved with {name} {saved}, this run has {value}")
         self.close()
         self._drawn = state["epoch"] * len(self) + state["batches"]
-        self.skipped = Counter(state["skipped"])
+        self.skipped = share_of_counts(states, self._rank, self._world_size)
 
     def close(self) -> None:
         """End the data processes; the next draw starts new ones. Happens by itself when the loader is dropped."""
@@ -169,11 +205,12 @@ class _TrainingBatches(Generic[T, B]):
         start, end = position * self.size, (position + 1) * self.size
         skipped: Counter[str] = Counter()
         try:
-            examples = self._load(epoch, share[start:end].tolist(), (share[end:], share[:start]), skipped)
+            loaded = self._load(epoch, share[start:end].tolist(), (share[end:], share[:start]), skipped)
+            indices, examples = map(list, zip(*loaded, strict=True))
             with seeded(f"{self.seed}/{epoch}/batch {position}/{self.rank}"):
-                return _Drawn(self.collate(examples), dict(skipped), None)
+                return _Drawn(self.collate(examples), indices, dict(skipped), None)
         except BeitError as error:
-            return _Drawn(None, {}, error)
+            return _Drawn(None, [], {}, error)
 
     def share(self, epoch: int) -> NDArray[np.int64]:
         """Shuffle the examples and take those of this rank; kept for the batches that follow."""
@@ -186,14 +223,14 @@ class _TrainingBatches(Generic[T, B]):
 
     def _load(
         self, epoch: int, own: list[int], others: tuple[NDArray[np.int64], ...], skipped: Counter[str]
-    ) -> list[T]:
+    ) -> list[tuple[int, T]]:
         """Load a batch's own examples, then one of the others of the share for each that cannot be used."""
-        loaded: dict[int, T] = {}
+        loaded: dict[int, tuple[int, T]] = {}
         detail = ""
         for index in own:
             try:
                 with seeded(f"{self.seed}/{epoch}/{index}"):
-                    loaded[index] = self.examples.load(index)
+                    loaded[index] = index, self.examples.load(index)
             except BadSampleError as error:
                 skipped[error.reason] += 1
                 detail = str(error)
@@ -208,7 +245,7 @@ class _TrainingBatches(Generic[T, B]):
                     raise BeitError(f"no example can be used to fill a batch ({counts}): the last was '{detail}'")
                 try:
                     with seeded(f"{self.seed}/{epoch}/{index}/{spare}"):
-                        loaded[index] = self.examples.load(spare)
+                        loaded[index] = spare, self.examples.load(spare)
                     bad_in_a_row = 0
                 except BadSampleError as error:
                     bad_in_a_row += 1
@@ -261,8 +298,9 @@ class EvaluationBatches(Generic[T, B]):
     def __getitem__(self, number: int) -> _Drawn:
         """Load and join the examples of one batch."""
         loaded = []
+        indices = self.own[number * self.size : (number + 1) * self.size]
         try:
-            for index in self.own[number * self.size : (number + 1) * self.size]:
+            for index in indices:
                 try:
                     with seeded(f"evaluation/{index}"):
                         loaded.append(self.examples.load(index))
@@ -271,9 +309,9 @@ class EvaluationBatches(Generic[T, B]):
                         f"example {index} cannot be evaluated ({error}): mend it, or take its row out of the index"
                     ) from error
             with seeded(f"evaluation/batch {number}"):
-                return _Drawn(self.collate(loaded), {}, None)
+                return _Drawn(self.collate(loaded), list(indices), {}, None)
         except BeitError as error:
-            return _Drawn(None, {}, error)
+            return _Drawn(None, [], {}, error)
 
     def __iter__(self) -> Iterator[B]:
         return self.only(range(len(self)))
@@ -294,21 +332,8 @@ def _size_of_rank(batch_size: int, world_size: int) -> int:
 
 
 def _make(batches: Any, numbers: Iterable[int], num_workers: int) -> Iterator[_Drawn]:
-    """Let torch make batches by number, in order, here or in data processes that run ahead.
-
-    The DataLoader draws a seed for its processes: from a generator of its own, for the one of the training process
-    decides drop path. It must not convert what `collate` made.
-    """
-    loader: DataLoader[_Drawn] = DataLoader(
-        batches,
-        batch_size=None,
-        sampler=numbers,
-        num_workers=num_workers,
-        collate_fn=_unchanged,
-        generator=torch.Generator(),
-    )
-    return iter(loader)
-
-
-def _unchanged(drawn: Any) -> Any:
-    return drawn
+    """Make batches by number, in order, here or in data processes that run ahead."""
+    made = start_processes(batches, num_workers, numbers=numbers)
+    with contextlib.suppress(StopIteration):
+        while True:
+            yield next_item(made)

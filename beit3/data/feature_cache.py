@@ -26,6 +26,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
 from beit3.config import to_plain
+from beit3.data.fingerprint import Fingerprint
 from beit3.data.images import decode_image
 from beit3.data.shards import Sample
 from beit3.data.transforms import CropConfig, RandomCrop, Views
@@ -39,7 +40,7 @@ _CROPS, _FEATURES = "crops.bin", "features.bin"
 
 
 class FeatureCache:
-    """Crops and their teacher features, as a table.
+    """Crops and their teacher features, as examples for a loader.
 
     Args:
         folder: written by `build_feature_cache`.
@@ -55,7 +56,7 @@ class FeatureCache:
     def __len__(self) -> int:
         return len(self._crops)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+    def load(self, index: int) -> tuple[Tensor, Tensor]:
         """One crop (3, S, S) uint8 and its features (N, C) float16."""
         return torch.from_numpy(self._crops[index].copy()), torch.from_numpy(self._features[index].copy())
 
@@ -71,6 +72,7 @@ def build_feature_cache(
     crops_per_picture: int,
     seed: int,
     source: str,
+    data: Fingerprint,
     device: torch.device,
 ) -> FeatureCache:
     """Open the cache for these settings, or build it.
@@ -85,6 +87,7 @@ def build_feature_cache(
         crops_per_picture: K.
         seed: of the crops.
         source: says which pictures these are.
+        data: facts about their files; of other files another cache is made.
         device: where the teacher runs.
     """
     settings = {
@@ -94,6 +97,7 @@ def build_feature_cache(
         "crops_per_picture": crops_per_picture,
         "seed": seed,
         "source": source,
+        "data": hashlib.sha256(json.dumps(data).encode()).hexdigest(),
     }
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     folder = parent / key

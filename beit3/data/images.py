@@ -26,12 +26,15 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 """Formats that are decoded; the others Pillow knows start external programs or are needless risk."""
 MAX_PIXELS = 50_000_000
 """Largest picture that is decoded, in pixels (width times height)."""
+MAX_SCANNED = 20 * MAX_PIXELS
+"""Most work of a progressive JPEG, in pixels times scans. Encoders write about ten scans, a few bytes make one more."""
 MIN_SIDE = 4
 """Shortest side, in pixels, that still shows something."""
 MAX_FILE_BYTES = 256 * 2**20
 """Largest file that is read."""
 
 _ORIENTATION = 0x0112
+_SCAN = b"\xff\xda"
 _MAX_DOWNLOAD = 64 * 2**20
 _TIMEOUT = 20
 
@@ -40,7 +43,8 @@ def decode_image(data: bytes) -> Image.Image:
     """Decode one picture to RGB as a viewer would show it on a white page.
 
     EXIF orientation is applied, transparency is composited on white, 16-bit grey is rescaled (not clipped), CMYK and
-    palettes are converted, and of an animation the first frame is taken.
+    palettes are converted, and of an animation the first frame is taken. Colour profiles are not applied, as nowhere in
+    the field.
 
     Args:
         data: the bytes of a JPEG, PNG, WebP, GIF or BMP file; the signature decides, not a name.
@@ -49,7 +53,7 @@ def decode_image(data: bytes) -> Image.Image:
         A loaded picture of mode RGB.
 
     Raises:
-        BadSampleError: `unreadable_image`, `too_many_pixels` or `too_small`.
+        BadSampleError: `unreadable_image`, `too_many_pixels`, `too_many_scans` or `too_small`.
     """
     try:
         image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -64,6 +68,8 @@ def decode_image(data: bytes) -> Image.Image:
         raise BadSampleError("too_many_pixels", f"{width} x {height}, more than {MAX_PIXELS:,}")
     if min(width, height) < MIN_SIDE:
         raise BadSampleError("too_small", f"{width} x {height}, a side below {MIN_SIDE}")
+    if image.info.get("progressive") and data.count(_SCAN) * width * height > MAX_SCANNED:
+        raise BadSampleError("too_many_scans", f"{data.count(_SCAN)} scans of {width} x {height}")
     try:
         image.load()
         return _to_rgb(image)
@@ -79,6 +85,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return image
     if image.mode.startswith("I"):  # convert() would clip 16-bit values to white
         grey = np.asarray(image, dtype=np.float64) / 257.0
+        if isinstance(see_through := image.info.get("transparency"), int):
+            grey[np.asarray(image) == see_through] = 255.0
         return Image.fromarray(np.clip(grey + 0.5, 0, 255).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("LA") if image.mode == "La" else image

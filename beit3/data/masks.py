@@ -19,6 +19,7 @@ from PIL import Image
 
 from beit3.data.images import FORMATS, MAX_PIXELS
 from beit3.errors import BadSampleError, ConfigError
+from beit3.metrics.run_lengths import check_run_lengths
 from beit3.model.segmentation import IGNORED
 
 Polygons = list[list[float]]
@@ -32,8 +33,6 @@ _IGNORED_16_BIT = 65535
 
 def check_segmentation(value: object, height: int, width: int) -> Segmentation:
     """Check the form of a segmentation; what encloses nothing, a polygon of two points, is left out of it.
-
-    The runs of a compressed string are checked when it is decoded.
 
     Args:
         value: anything that JSON holds.
@@ -55,15 +54,11 @@ def check_segmentation(value: object, height: int, width: int) -> Segmentation:
 
 
 def _check_rle(rle: Rle, height: int, width: int) -> Rle:
-    size, counts = rle.get("size"), rle.get("counts")
-    if size != [height, width]:
-        raise BadSampleError("invalid_segmentation", f"an RLE of size {size} in a picture of {[height, width]}")
-    if isinstance(counts, list):
-        if not all(type(count) is int and count >= 0 for count in counts) or sum(counts) != height * width:
-            raise BadSampleError("invalid_segmentation", "the runs do not fill the picture")
-    elif not isinstance(counts, str) or not counts.isascii():
-        raise BadSampleError("invalid_segmentation", "the counts are neither a list nor a string")
-    return {"size": size, "counts": counts}
+    try:
+        check_run_lengths(rle, height, width)
+    except ValueError as error:
+        raise BadSampleError("invalid_segmentation", str(error)) from error
+    return {"size": rle["size"], "counts": rle["counts"]}
 
 
 def _check_polygon(polygon: object, side: int) -> list[float]:
@@ -92,7 +87,7 @@ def decode_mask(segmentation: Segmentation, height: int, width: int) -> NDArray[
         else:
             rle = segmentation
         return np.ascontiguousarray(api.decode(rle), dtype=np.uint8)
-    except Exception as error:  # broken strings are answered with many exception types
+    except Exception as error:  # what the library refuses it answers with many exception types
         raise BadSampleError("invalid_segmentation", str(error)) from error
 
 

@@ -1,7 +1,10 @@
 """Preparing corpora: check every sample once, write plain tars (or one text file) with an index, say what was left out.
 
 `prepare_pairs` and `prepare_images` read img2dataset-style tars and folders of pictures, `prepare_text` reads texts;
-`load_prepared` reads back what they wrote.
+`load_prepared` reads back what they wrote. What belongs to one sample is said in `raw_sources.py`. Left out and counted
+are samples without a picture or caption (`missing_image`, `missing_caption`, `empty_caption`), with two pictures
+(`two_images`), and a second one of a key in one source (`duplicate_key`); a key that another source has used before is
+prefixed with the name of its own.
 """
 
 from __future__ import annotations
@@ -170,6 +173,8 @@ def _check_image(sample: RawSample) -> str:
     ending = next((ending for ending in sample.parts if ending in IMAGE_SUFFIXES), None)
     if ending is None:
         raise BadSampleError("missing_image")
+    if sample.num_images > 1:
+        raise BadSampleError("two_images")
     decode_image(sample.parts[ending])
     return ending
 
@@ -178,7 +183,7 @@ def _read_json(sample: RawSample) -> dict[str, Any] | None:
     """Parse the sample's json; None where there is none or it is broken."""
     try:
         meta = json.loads(sample.parts.get("json", b"null"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return meta if isinstance(meta, dict) else None
 

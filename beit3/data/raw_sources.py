@@ -1,5 +1,9 @@
 """Corpora as people keep them: img2dataset-style tars, folders of pictures, text files. Read once, in order.
 
+In a tar, neighbouring files are one sample if their names agree up to the first dot (with their folders); a sample
+whose files are apart is two halves. In a folder of loose files it is the name without its last ending that counts.
+Endings are compared in lower case. Links, devices and sparse files are passed over.
+
 Nothing is extracted to disk and names are used as keys only, so a hostile archive has nothing to attack.
 """
 
@@ -32,6 +36,7 @@ class RawSample:
     key: str
     parts: dict[str, bytes] = field(default_factory=dict)
     too_large: bool = False
+    num_images: int = 0
 
 
 @dataclass(frozen=True)
@@ -77,15 +82,15 @@ def read_source(source: Path) -> Iterator[RawSample | Damage]:
 
 def _read_folder(folder: Path) -> Iterator[RawSample]:
     """Group loose files of one stem; a text without a picture is a sample too, for the count of what is missing."""
-    groups: dict[str, dict[str, Path]] = {}
+    groups: dict[str, list[tuple[str, Path]]] = {}
     for path in sorted(folder.rglob("*")):
         ending = path.suffix.lower().lstrip(".")
         if ending in _KEPT and path.is_file():
-            groups.setdefault(str(path.relative_to(folder).with_suffix("")), {})[ending] = path
-    for key, paths in groups.items():
-        too_large = any(path.stat().st_size > MAX_MEMBER_BYTES for path in paths.values())
-        parts = {} if too_large else {ending: path.read_bytes() for ending, path in paths.items()}
-        yield RawSample(key, parts, too_large)
+            groups.setdefault(str(path.relative_to(folder).with_suffix("")), []).append((ending, path))
+    for key, files in groups.items():
+        too_large = any(path.stat().st_size > MAX_MEMBER_BYTES for _, path in files)
+        parts = {} if too_large else {ending: path.read_bytes() for ending, path in files}
+        yield RawSample(key, parts, too_large, sum(ending in IMAGE_SUFFIXES for ending, _ in files))
 
 
 def _read_tar(path: Path) -> Iterator[RawSample | Damage]:
@@ -104,6 +109,7 @@ def _read_tar(path: Path) -> Iterator[RawSample | Damage]:
                         endings = set(current.parts)
                         yield current
                     current = RawSample(key)
+                current.num_images += ending in IMAGE_SUFFIXES
                 if data is None:
                     current.too_large = True
                 else:
@@ -123,13 +129,13 @@ def _members(file: IO[bytes]) -> Iterator[tuple[str, str, bytes | None]]:
     Raises:
         tarfile.ReadError: the archive does not end as it should; python's reader would stop without a word.
     """
-    with tarfile.open(fileobj=file, mode="r:") as tar:
+    with tarfile.open(fileobj=cast("IO[bytes]", _Bounded(file)), mode="r:") as tar:
         while (member := tar.next()) is not None:
             vars(tar)["members"].clear()  # else an archive of a million members fills the memory
             folder, _, name = member.name.rpartition("/")
             stem, _, endings = name.partition(".")
             ending = endings.rpartition(".")[2].lower()
-            if not member.isreg() or ending not in _KEPT or not stem:
+            if not member.isreg() or member.issparse() or ending not in _KEPT or not stem:
                 continue
             data = None
             if member.size <= MAX_MEMBER_BYTES:
@@ -143,6 +149,20 @@ def _members(file: IO[bytes]) -> Iterator[tuple[str, str, bytes | None]]:
         while rest := file.read(2**20):
             if any(rest):
                 raise tarfile.ReadError("an empty header in the middle")
+
+
+class _Bounded:
+    """A file that hands out no more at once than a member may hold: headers for long names may declare any size too."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int = -1) -> bytes:
+        """Read a piece."""
+        if not 0 <= size <= MAX_MEMBER_BYTES + _BLOCK:
+            raise tarfile.ReadError(f"a header of {size:,} bytes")
+        return self._file.read(size)
 
 
 def read_documents(source: Path) -> Iterator[tuple[str, object]]:
@@ -161,6 +181,6 @@ def read_documents(source: Path) -> Iterator[tuple[str, object]]:
                 continue
             try:
                 row = json.loads(line) if line.strip() else {"text": ""}
-            except ValueError:
+            except (ValueError, RecursionError):
                 row = None
             yield where, row.get("text") if isinstance(row, dict) else None

@@ -20,7 +20,9 @@ from typing import Any
 from megatron.energon import CrudeWebdataset, DefaultCrudeJsonlDatasetFactory
 from megatron.energon.epathlib import EPath
 
-from beit3.data.shards import INDEX_FOLDER, REPORT_FILE, TEXT_FILE
+from beit3.data.fingerprint import file_digest
+from beit3.data.shard_reader import INDEX_FOLDER
+from beit3.data.shards import REPORT_FILE, TEXT_FILE
 from beit3.errors import BeitError, ConfigError
 
 _NUM_EXAMPLES = 3
@@ -44,6 +46,9 @@ class PrepareReport:
     """Sources that could be read only in part, with the reason."""
     files: dict[str, int] = field(default_factory=dict)
     """Size in bytes of every data file, checked before training."""
+    sha256: dict[str, str] = field(default_factory=dict)
+    """Of every data file and its index of places; a saved position holds for these contents alone. Folders written by
+    earlier versions have none."""
 
     def lines(self) -> list[str]:
         """Say it in a few lines for a terminal."""
@@ -153,6 +158,7 @@ class FolderWriter:
         else:
             _index_tars(self._folder, names)
         report.files = {name: (self._folder / name).stat().st_size for name in names}
+        report.sha256 = {file: file_digest(self._folder / file) for name in names for file in (name, f"{name}.idx")}
         report.bytes = sum(report.files.values())
         (self._folder / REPORT_FILE).write_text(json.dumps(asdict(report), indent=1), "utf-8")
         old = self._out.parent / f".{self._out.name}.old"

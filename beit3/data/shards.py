@@ -2,6 +2,12 @@
 
 A prepared folder holds plain tars `shard-NNNNN.tar` and energon's index `.nv-meta`, or one `text.jsonl` and its index.
 Folders that users indexed with energon's own tool open as well.
+
+What makes a sample: neighbouring files of one key, which is the name up to the first dot after its folders, so
+`a/b.x.png` has the key `a/b`. The last ending, whatever its case, says what a file is: a picture, `.txt` or `.json`;
+others are not looked at. A sample with two pictures is left out (`two_images`): nobody can know which one is meant.
+Files of one key that do not lie together are two samples, each without the other's half; samples never reach from one
+shard into the next.
 """
 
 from __future__ import annotations
@@ -9,29 +15,20 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import time
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-import torch
-from megatron.energon import (
-    CrudeSample,
-    CrudeWebdataset,
-    DefaultCrudeJsonlDatasetFactory,
-    SavableDataLoader,
-    SavableDataset,
-    WorkerConfig,
-    get_savable_loader,
-)
+from megatron.energon import CrudeSample, CrudeWebdataset, SavableDataset, WorkerConfig
 from megatron.energon.epathlib import EPath
-from megatron.energon.savable_loader import SavableDatasetWrapper
+from megatron.energon.flavors.jsonl import CrudeJsonlDatasetFactory
+from megatron.energon.flavors.webdataset.metadata import WebdatasetMeta
 
-from beit3.errors import BadSampleError, DataMissingError
+from beit3.data.shard_reader import ERROR, INDEX_FOLDER, CachingReader, ShardReader, TarReader, TextReader
+from beit3.errors import BadSampleError, ConfigError, DataMissingError
 
-T = TypeVar("T")
+V = TypeVar("V")
 
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp"})
 """File name endings under which a sample's picture is looked for."""
@@ -39,12 +36,11 @@ TEXT_FILE = "text.jsonl"
 """The one data file of a prepared text folder."""
 REPORT_FILE = "prepare.json"
 """What `beit3 prepare` wrote about a folder."""
-INDEX_FOLDER = ".nv-meta"
-"""Where energon keeps the index of a folder of tars."""
 
 _SEQUENCE = 100  # samples read in a row before jumping elsewhere; the shuffle buffer mixes several such runs
 _CACHE_BYTES = 64 * 2**20  # folders up to this size are kept in the memory of each data process
 _PARALLEL = 1  # the buffer mixes already; drawing among open runs would cost more than reading a small sample
+_WORD = 8  # bytes of a number in an index of places
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +59,18 @@ class Sample:
     """Path of the source it was drawn from, as the stream names it."""
 
 
-def to_sample(raw: Mapping[str, Any]) -> Sample:
+def to_sample(raw: Mapping[str, Any], *, needs_meta: bool = True) -> Sample:
     """Sort the files of one sample by their endings.
 
+    Args:
+        raw: as energon hands it on, from a `ShardReader`.
+        needs_meta: whether broken json is an error; else it counts as none.
+
     Raises:
-        BadSampleError: `unreadable_json`.
+        BadSampleError: `unreadable_shard`, `too_large`, `unreadable_json`, `two_images`.
     """
+    if ERROR in raw:
+        raise BadSampleError(*raw[ERROR])
     image: bytes | None = None
     text: str | bytes | None = None
     meta: dict[str, Any] = {}
@@ -77,47 +79,39 @@ def to_sample(raw: Mapping[str, Any]) -> Sample:
             continue
         suffix = name.rpartition(".")[2].lower()
         if suffix == "json":
-            meta = _load_meta(part)
+            meta = _load_meta(part, needs_meta)
         elif suffix == "txt":
             text = part
-        elif image is None and suffix in IMAGE_SUFFIXES:
+        elif suffix in IMAGE_SUFFIXES:
+            if image is not None:
+                raise BadSampleError("two_images", raw["__key__"])
             image = part
     if text is None and isinstance(meta.get("text"), str):
         text = meta.pop("text")
-    return Sample(raw["__key__"], image, text, meta, raw.get("__subflavors__", {}).get("source", ""))
+    return Sample(raw["__key__"], image, text, meta, (raw.get("__subflavors__") or {}).get("source", ""))
 
 
-def _load_meta(part: bytes | dict[str, Any]) -> dict[str, Any]:
-    """Parse a sample's json unless energon has done so."""
-    if isinstance(part, bytes):
-        try:
-            part = json.loads(part)
-        except ValueError as error:
+def _load_meta(part: bytes, needed: bool) -> dict[str, Any]:
+    """Parse a sample's json."""
+    try:
+        meta = json.loads(part)
+        if not isinstance(meta, dict):
+            raise ValueError("not an object")
+    except (ValueError, RecursionError) as error:
+        if needed:
             raise BadSampleError("unreadable_json", str(error)) from error
-    if not isinstance(part, dict):
-        raise BadSampleError("unreadable_json", "not an object")
-    return part
+        return {}
+    return meta
 
 
 def check_folder(folder: Path) -> None:
-    """Make sure that a prepared folder is there and whole.
+    """Make sure that a prepared folder is there and whole, by the sizes of its files.
 
     Raises:
         DataMissingError: what is missing, where, and what to do.
+        ConfigError: what describes the folder is damaged.
     """
-    if not folder.is_dir():
-        raise DataMissingError(f"{folder}: no such folder of such data; write it with `beit3 prepare` or mend the path")
-    sizes: dict[str, int | None]
-    if (folder / TEXT_FILE).is_file():
-        sizes = {TEXT_FILE: None, f"{TEXT_FILE}.idx": None}
-    elif (folder / INDEX_FOLDER / ".info.json").is_file():
-        info = json.loads((folder / INDEX_FOLDER / ".info.json").read_text("utf-8"))
-        sizes = dict.fromkeys(info["shard_counts"])
-    else:
-        raise DataMissingError(f"{folder}: holds no prepared data; write it with `beit3 prepare`")
-    if (folder / REPORT_FILE).is_file():
-        sizes.update(json.loads((folder / REPORT_FILE).read_text("utf-8")).get("files", {}))
-    for name, size in sizes.items():
+    for name, size in expected_sizes(folder).items():
         if not (folder / name).is_file():
             raise DataMissingError(f"{folder / name}: file missing; restore it or run `beit3 prepare` again")
         actual = (folder / name).stat().st_size
@@ -125,109 +119,124 @@ def check_folder(folder: Path) -> None:
             raise DataMissingError(f"{folder / name}: {actual} bytes instead of {size}; run `beit3 prepare` again")
 
 
-def open_folder(folder: Path, worker: WorkerConfig, *, training: bool, source: str = "") -> Any:
+def expected_sizes(folder: Path) -> dict[str, int | None]:
+    """Files that a prepared folder must hold, and their bytes where known.
+
+    Raises:
+        DataMissingError: it is no prepared folder.
+        ConfigError: what describes the folder is damaged.
+    """
+    if not folder.is_dir():
+        raise DataMissingError(f"{folder}: no such folder of such data; write it with `beit3 prepare` or mend the path")
+    sizes: dict[str, int | None]
+    if (folder / TEXT_FILE).is_file():
+        sizes = {TEXT_FILE: None, f"{TEXT_FILE}.idx": None}
+    elif (folder / INDEX_FOLDER / ".info.json").is_file():
+        counts = read_record(folder / INDEX_FOLDER / ".info.json", "shard_counts", int)
+        sizes = dict.fromkeys(counts)
+        sizes |= {f"{name}.idx": _WORD * (count + 1) for name, count in counts.items()}
+    else:
+        raise DataMissingError(f"{folder}: holds no prepared data; write it with `beit3 prepare`")
+    if (folder / REPORT_FILE).is_file():
+        sizes.update(read_record(folder / REPORT_FILE, "files", int))
+    return sizes
+
+
+def read_record(path: Path, name: str, kind: type[V]) -> dict[str, V]:
+    """Read what a JSON file that describes a folder says of each of its files; nothing if it does not say it.
+
+    Args:
+        path: the JSON file.
+        name: of the field.
+        kind: what it says of a file.
+
+    Raises:
+        ConfigError: it is damaged.
+    """
+    try:
+        found = json.loads(path.read_text("utf-8")).get(name, {})
+        if not all(type(value) is kind for value in found.values()):
+            raise TypeError(f"{name} of another kind")
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ConfigError(f"{path} is damaged ({error}): run `beit3 prepare` again") from error
+    return cast(dict[str, V], found)
+
+
+class _Texts(CrudeJsonlDatasetFactory):  # type: ignore[misc]  # energon has no types
+    """Lines of a jsonl file as they are: one that is no JSON is counted where it is used."""
+
+    def __init__(self, path: EPath, *, subflavors: dict[str, Any], **options: Any) -> None:
+        super().__init__(path, **options)
+        self._subflavors = subflavors
+
+    def _load_sample(self, sample: dict[str, Any]) -> CrudeSample:
+        return CrudeSample(sample, __subflavors__=self._subflavors)
+
+
+def open_folder(folder: Path, worker: WorkerConfig, *, source: str = "") -> Any:
     """Open a checked folder as an energon factory of crude samples (raw bytes; `len()` counts its samples)."""
     options: dict[str, Any] = {
-        "training": training,
+        "training": True,
         "worker_config": worker,
         "subflavors": {"source": source},
         "parallel_shard_iters": _PARALLEL,
-        "max_samples_per_sequence": _SEQUENCE if training else None,
+        "max_samples_per_sequence": _SEQUENCE,
     }
+    try:
+        if (folder / TEXT_FILE).is_file():
+            return _Texts(EPath(folder / TEXT_FILE), **options)
+        return CrudeWebdataset(EPath(folder), split_part="train", decoder=None, **options)
+    except Exception as error:  # energon answers a damaged index with many exception types
+        raise ConfigError(f"{folder}: the index is damaged ({error}); run `beit3 prepare` again") from error
+
+
+def open_reader(folder: Path) -> ShardReader:
+    """Open a checked folder for reading by number; the order is energon's.
+
+    Raises:
+        ConfigError: its index is damaged.
+    """
     if (folder / TEXT_FILE).is_file():
-        return DefaultCrudeJsonlDatasetFactory(EPath(folder / TEXT_FILE), **options)
-    return CrudeWebdataset(EPath(folder), split_part="train", decoder=None, **options)
+        return TextReader(folder / TEXT_FILE)
+    try:
+        meta = WebdatasetMeta.from_config(path=EPath(folder), split_part="train")
+    except Exception as error:  # energon answers a damaged index with many exception types
+        raise ConfigError(f"{folder}: the index is damaged ({error}); run `beit3 prepare` again") from error
+    counts = {shard.name: shard.count for shard in meta.shards}
+    numbers = {name: number for number, name in enumerate(meta.info_shard_files)}
+    return TarReader(folder, counts, numbers, meta.sample_excludes)
 
 
 def load_prepared(folder: Path | str) -> Iterator[Sample]:
     """Read a prepared folder once, in the order it was written.
 
-    For evaluation sets, tokenizer corpora and feature caches. A sample whose json is broken comes with empty `meta`.
+    For evaluation sets, tokenizer corpora and feature caches: they must be whole, or their figures mean something
+    else. A sample whose json is broken comes with empty `meta`.
 
     Raises:
         DataMissingError: the folder or a shard is missing or cut.
+        BadSampleError: a sample cannot be read, or has two pictures.
     """
     folder = Path(folder)
     check_folder(folder)
-    factory = open_folder(folder, WorkerConfig(rank=0, world_size=1, num_workers=0), training=False)
-    for raw in make_loader(build_quietly(factory)):
-        try:
-            yield to_sample(raw)
-        except BadSampleError:
-            yield to_sample({name: part for name, part in raw.items() if not name.lower().endswith("json")})
+    reader = open_reader(folder)
+    for index in range(len(reader)):
+        raw = reader[index]
+        if raw is not None:
+            yield to_sample(raw, needs_meta=False)
 
 
-def build_quietly(factory: Any, rotation: int = 0) -> SavableDataset[CrudeSample]:
+def build_quietly(factory: Any, folder: Path, rotation: int = 0) -> SavableDataset[CrudeSample]:
     """Build the share of this rank of an opened folder; energon would print its slice tables.
 
     Args:
         factory: result of `open_folder`.
+        folder: the same.
         rotation: worker that gets the first left-over sample, so that several folders do not all favour the same one.
     """
     with contextlib.redirect_stdout(io.StringIO()):
         dataset: Any = factory.build(worker_rotation_offset=rotation)
-    # Energon opens files through its storage client, which measures every read of every tar header: for small samples
-    # that costs more than the reading. Files of this machine are opened by python.
-    loader = dataset.dataset
-    for reader in loader.join_readers:
-        if hasattr(reader, "tar_filepaths"):
-            paths = reader.tar_filepaths = [_local(path) for path in reader.tar_filepaths]
-        else:
-            paths = [_local(reader.jsonl_path)]
-            reader.jsonl_path = paths[0]
-        local = all(isinstance(path, Path) for path in paths)
-        if factory.training and local and sum(path.stat().st_size for path in paths) <= _CACHE_BYTES:
-            loader.join_readers = [_CachingReader(reader)]
+    reader = open_reader(folder)
+    size = sum((folder / name).stat().st_size for name in reader.counts)
+    dataset.dataset.join_readers = [CachingReader(reader) if size <= _CACHE_BYTES else reader]
     return cast(SavableDataset[CrudeSample], dataset)
-
-
-class _CachingReader:
-    """Keeps the samples of a small folder in memory: parsing tar headers again each epoch costs more than decoding."""
-
-    def __init__(self, reader: Any) -> None:
-        self._reader = reader
-        self._samples: dict[int, dict[str, Any]] = {}
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return a copy, for energon writes its restore key into what it gets."""
-        sample = self._samples.get(index)
-        if sample is None:
-            sample = self._samples[index] = self._reader[index]
-        return dict(sample)
-
-
-def _local(path: Any) -> Any:
-    """Turn energon's path into python's where the file lies on this machine."""
-    return path.local_path() if path.is_local() else path
-
-
-_answer_commands = SavableDatasetWrapper._command_thread
-
-
-def _answer_when_begun(dataset: SavableDatasetWrapper[Any]) -> None:
-    """Let a worker answer for its position only once it has gone to its starting place.
-
-    Energon starts the answering thread first; asked in between, it would give the place of a loader that never began.
-    """
-    with contextlib.suppress(ReferenceError):  # the dataset is gone: so is the question
-        while dataset._running and dataset._last_checkpoints[-1].sample_index < 0:
-            time.sleep(0.01)
-        _answer_commands(dataset)
-
-
-SavableDatasetWrapper._command_thread = staticmethod(_answer_when_begun)
-
-
-def make_loader(dataset: SavableDataset[T]) -> SavableDataLoader[T]:
-    """Make energon's savable loader, with its habits fitted to a training process."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about pinned memory, set right below
-        loader = get_savable_loader(
-            dataset,
-            checkpoint_every_sec=10,
-            # Collecting garbage every few batches would cost more than the data; python does it in its own time.
-            gc_collect_every_n_steps=0,
-            watchdog_timeout_seconds=None,
-        )
-    loader.pin_memory = torch.cuda.is_available()
-    return loader

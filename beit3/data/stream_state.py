@@ -1,4 +1,4 @@
-"""The position of an energon loader as plain dicts, lists, numbers and bytes, so that any checkpoint can hold it."""
+"""The position of an energon dataset as plain dicts, lists, numbers and bytes, so that any checkpoint can hold it."""
 
 from __future__ import annotations
 
@@ -6,23 +6,17 @@ import dataclasses
 from typing import Any
 
 from megatron.energon.flavors.webdataset.sample_loader import SliceState
-from megatron.energon.savable_loader import SavableDataLoaderState, SavableDatasetCheckpoint, SavableDatasetState
 from megatron.energon.state import FlexState
 
-_TYPES: dict[str, Any] = {
-    kind.__name__: kind for kind in (SavableDataLoaderState, SavableDatasetCheckpoint, SavableDatasetState, SliceState)
-}
+_TYPES: dict[str, Any] = {SliceState.__name__: SliceState}
 _KIND = "__kind__"
 
 
 def to_plain(state: Any) -> Any:
     """Write energon's state objects as plain data."""
     if dataclasses.is_dataclass(state):
-        kind = type(state).__name__
         values = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
-        if isinstance(state, SavableDatasetState):
-            values["rng"] = None  # the batches seed their own generators
-        return {_KIND: kind, **{name: to_plain(value) for name, value in values.items()}}
+        return {_KIND: type(state).__name__, **{name: to_plain(value) for name, value in values.items()}}
     if isinstance(state, dict):
         return {name: to_plain(value) for name, value in state.items()}
     if isinstance(state, (list, tuple)):

@@ -1,36 +1,34 @@
 """Endless streams of training batches over prepared shards, with exact resume.
 
-megatron-energon reads, shuffles, blends and remembers its place; this module turns its samples into batches of the
-Task and draws one batch of every stream for each step. Whatever an encoder draws from the generators of torch, numpy
-and python depends only on (seed, stream, rank, worker, number of the batch), so a restored run sees the same crops and
-masks, and the generators of the training process are left as they were.
+megatron-energon reads, shuffles, blends and remembers its place; this module draws one batch of every stream for each
+step. A batch is made of the units of W data workers (`units.py`), W = ranks x max(1, data processes of a rank), so the
+samples, crops and masks of a step depend on (seed, stream, W) alone, not on how the workers lie in ranks and processes.
 """
 
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 from megatron.energon import BlendDataset, RepeatDataset, SavableDataset, ShuffleBufferDataset, WorkerConfig
-from megatron.energon.wrappers.base import BaseWrapperDataset
 
-from beit3.config import config, require
-from beit3.data.randomness import seeded
-from beit3.data.shards import Sample, build_quietly, check_folder, make_loader, open_folder, to_sample
-from beit3.data.stream_state import from_plain, to_plain
-from beit3.errors import BadSampleError, BeitError, ConfigError
+from beit3.config import Run, config, require
+from beit3.data.fingerprint import Fingerprint, file_digest, fingerprint_folder
+from beit3.data.resume import is_same_data, share_of_counts
+from beit3.data.shards import Sample, build_quietly, check_folder, open_folder
+from beit3.data.units import BatchEncoder, Position, Unit, UnitMaker, Units, beginning
+from beit3.errors import BadDataError, ConfigError
 
-__all__ = ["BatchEncoder", "Encoder", "Sample", "Source", "Stream", "StreamLoader"]
+__all__ = ["BatchEncoder", "Sample", "Source", "Stream", "StreamLoader", "fingerprint_streams"]
 
-T_sample = TypeVar("T_sample")
 T_batch = TypeVar("T_batch")
-T_batch_co = TypeVar("T_batch_co", covariant=True)
 
-MAX_BAD_IN_A_ROW = 10_000
-"""Samples refused one after the other before a stream is given up."""
+CODES_FILE = "codes.json"
+"""What the visual tokens of a folder of codes were made from."""
 
 
 @config
@@ -57,7 +55,7 @@ class Stream:
     sources: tuple[Source, ...]
     """Blended by weight."""
     batch_size: int
-    """Samples of one step over all ranks."""
+    """Samples of one step over all ranks; ranks x data processes of a rank must divide it."""
     shuffle_buffer: int = 1000
     """Samples held by each worker to draw from at random."""
 
@@ -76,87 +74,12 @@ class Stream:
         return self.sources[0].codes is not None
 
 
-class BatchEncoder(Protocol[T_batch_co]):
-    """Turns samples as stored into batches of a Task, whatever lies between them."""
-
-    def encode(self, sample: Sample) -> Any:
-        """Prepare one sample; `BadSampleError` counts and skips it."""
-
-    def collate(self, samples: list[Any]) -> T_batch_co:
-        """Join encoded samples into a batch."""
-
-
-class Encoder(Protocol[T_sample, T_batch_co]):
-    """A `BatchEncoder` that names the type of its encoded samples. Both methods may draw random numbers."""
-
-    def encode(self, sample: Sample) -> T_sample:
-        """Prepare one sample (decode, crop, tokenize, mask); `BadSampleError` counts and skips it."""
-
-    def collate(self, samples: list[T_sample]) -> T_batch_co:
-        """Join encoded samples into a batch."""
-
-
-class _EncodedBatches(BaseWrapperDataset[Any, dict[str, Any]]):  # type: ignore[misc]  # energon has no types
-    """Draws samples, encodes and collates them under generators seeded once per batch.
-
-    Energon's own `@stateless(restore_seeds=True)` seeds once per sample, which costs more than reading a small one,
-    and remembers one seed per process, so that streams loaded in the training process would share it.
-    Yields dicts: the batch, the reasons of skipped samples, and the message of an error that ends the stream.
-    """
-
-    _savable_fields = ("_batch_index",)
-
-    def __init__(self, dataset: SavableDataset[Any], encoder: BatchEncoder[Any], size: int, seed: str) -> None:
-        super().__init__(dataset, worker_config=dataset.worker_config)
-        self._encoder = encoder
-        self._size = size
-        self._seed = seed
-        self.reset_state_own()
-
-    def reset_state_own(self) -> None:
-        """Start at the first batch."""
-        self._batch_index = 0
-
-    def len_worker(self, worker_idx: int | None = None) -> int:
-        """Count the full batches that one pass over the data gives."""
-        return int(self.dataset.len_worker(worker_idx)) // self._size
-
-    def config(self) -> dict[str, Any]:
-        """Describe the dataset for energon."""
-        return {"type": type(self).__qualname__, "size": self._size, "dataset": self.dataset.config()}
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Yield one item per batch, for ever or until the stream is given up."""
-        raws = iter(self.dataset)
-        patience = min(MAX_BAD_IN_A_ROW, max(100, 4 * self.dataset.len_worker()))
-        while True:
-            worker = self.worker_config.global_worker_id() if self.worker_config.num_workers else 0
-            with seeded(f"{self._seed}/{self.worker_config.rank}/{worker}/{self._batch_index}"):
-                item = self._make_batch(raws, patience)
-            self._batch_index += 1
-            yield item
-
-    def _make_batch(self, raws: Iterator[Any], patience: int) -> dict[str, Any]:
-        """Encode samples until a batch is full."""
-        samples: list[Any] = []
-        skipped: Counter[str] = Counter()
-        bad_in_a_row = 0
-        while len(samples) < self._size:
-            try:
-                samples.append(self._encoder.encode(to_sample(next(raws))))
-                bad_in_a_row = 0
-            except BadSampleError as error:
-                skipped[error.reason] += 1
-                bad_in_a_row += 1
-                if bad_in_a_row >= patience:
-                    return {"batch": None, "skipped": dict(skipped), "error": f"the last was '{error}'"}
-        return {"batch": self._encoder.collate(samples), "skipped": dict(skipped), "error": None}
-
-
 class StreamLoader(Generic[T_batch]):
     """Draws one batch of every stream for each step, for ever, and knows its exact position.
 
-    The order of the samples depends on (seed, world size, workers); a state is refused where these differ.
+    A state can be taken up by any number of ranks that divides the number W of data workers it was saved with: each
+    rank then runs W / ranks data processes, whatever `num_workers` says (0 and 1 are as asked: both are one worker).
+    Of bad samples nothing but a count is left, each time the stream meets them.
     """
 
     def __init__(
@@ -169,6 +92,8 @@ class StreamLoader(Generic[T_batch]):
         rank: int = 0,
         world_size: int = 1,
         num_workers: int = 0,
+        allow_data_change: bool = False,
+        awaits_state: bool = False,
     ) -> None:
         """Check the streams and open them.
 
@@ -180,6 +105,9 @@ class StreamLoader(Generic[T_batch]):
             rank: this process among `world_size`.
             world_size: processes that share the streams.
             num_workers: data processes per rank and stream; 0 loads in this process.
+            allow_data_change: begin anew if a state belongs to other data, instead of refusing it.
+            awaits_state: a state may follow that brings its own number of data processes; until the first batch,
+                `num_workers` is held against nothing.
 
         Raises:
             ConfigError: names differ, a batch is not divisible, or there are more workers than samples.
@@ -188,114 +116,216 @@ class StreamLoader(Generic[T_batch]):
         require(bool(streams), "a StreamLoader needs at least one stream")
         if streams.keys() != encoders.keys():
             raise ConfigError(f"streams {sorted(streams)} and encoders {sorted(encoders)} must have the same names")
-        for name, stream in streams.items():
-            require(
-                stream.batch_size % world_size == 0,
-                f"stream '{name}': batch_size {stream.batch_size} is not divisible by {world_size} ranks",
-            )
-            for source in stream.sources:
-                check_folder(data / source.path)
         self.skipped: Counter[str] = Counter()
         """Samples left out so far on this rank, by 'stream/reason'."""
         self._streams = dict(streams)
         self._encoders = dict(encoders)
         self._data = data
         self._seed = seed
-        self._layout = {"rank": rank, "world_size": world_size, "num_workers": num_workers}
-        self._iterators: dict[str, Iterator[dict[str, Any]]] = {}
-        self._loaders = {name: self._open(name) for name in self._streams}
+        self._rank, self._world_size, self._num_workers = rank, world_size, num_workers
+        self._allow_data_change = allow_data_change
+        self._drawn = 0
+        self._keys: dict[str, list[str]] = {}
+        self._units: dict[str, Units] = {}
+        self._check_shares(1)
+        self._fingerprint = fingerprint_streams(streams, data)
+        if not awaits_state:
+            self._begin()
 
-    def _open(self, name: str) -> Any:
-        """Build energon's pipeline of one stream: read, repeat, blend, shuffle, encode, batch."""
+    @classmethod
+    def for_run(
+        cls,
+        streams: Mapping[str, Stream],
+        encoders: Mapping[str, BatchEncoder[T_batch]],
+        run: Run,
+        rank: int,
+        world_size: int,
+    ) -> Self:
+        """The loader of one rank of a run."""
+        return cls(
+            streams,
+            encoders,
+            data=run.data,
+            seed=run.seed,
+            rank=rank,
+            world_size=world_size,
+            num_workers=run.loop.num_workers,
+            allow_data_change=run.allow_data_change,
+            awaits_state=run.resume,
+        )
+
+    @property
+    def used(self) -> int:
+        """Samples that entered batches so far on this rank."""
+        return self._drawn * sum(stream.batch_size for stream in self._streams.values()) // self._world_size
+
+    @property
+    def keys(self) -> list[str]:
+        """Samples of the batch drawn last, as 'stream/source/key', in the order of workers."""
+        return [f"{name}/{key}" for name, keys in self._keys.items() for key in keys]
+
+    def _check_shares(self, num_workers: int) -> None:
+        """Make sure that batches can be divided among the data workers."""
+        total = self._world_size * max(1, num_workers)
+        for name, stream in self._streams.items():
+            size = stream.batch_size
+            fitting = [f"{near}" for near in (size - size % total, size - size % total + total) if near]
+            require(
+                size % total == 0,
+                f"stream '{name}': batch_size {size} is not divisible by {total} data workers ({self._world_size} "
+                f"ranks x {max(1, num_workers)}): use {' or '.join(fitting)}",
+            )
+
+    def _begin(self) -> None:
+        """Open all streams at their beginning."""
+        self._check_shares(self._num_workers)
+        self._open(self._num_workers, {name: [beginning()] * max(1, self._num_workers) for name in self._streams})
+        self.skipped, self._drawn = Counter(), 0
+
+    def _open(self, num_workers: int, positions: Mapping[str, Sequence[Position]]) -> None:
+        """Open all streams where their workers stand; processes start with the first batch."""
+        self.close()
+        self._units = {
+            name: Units(self._make(name, num_workers), num_workers, positions[name]) for name in self._streams
+        }
+
+    def _make(self, name: str, num_workers: int) -> UnitMaker:
+        """Build energon's pipeline of one stream (read, repeat, blend, shuffle), and what makes units of it."""
         stream = self._streams[name]
         seed = f"{self._seed}/{name}"
         offset = int.from_bytes(hashlib.sha256(seed.encode()).digest()[:4], "big")
-        worker = WorkerConfig(seed_offset=offset, **self._layout)
-        factories = [
-            open_folder(self._data / source.path, worker, training=True, source=source.path)
-            for source in stream.sources
-        ]
-        num_workers = worker.world_size * max(1, worker.num_workers)
-        total = sum(len(factory) for factory in factories)
-        require(
-            total >= num_workers,
-            f"stream '{name}' has {total} samples for {num_workers} data workers: use fewer ranks or workers",
-        )
+        worker = WorkerConfig(rank=self._rank, world_size=self._world_size, num_workers=num_workers, seed_offset=offset)
+        total = self._world_size * max(1, num_workers)
         weighted: list[tuple[SavableDataset[Any], float]] = []
         before = 0
-        for source, factory in zip(stream.sources, factories, strict=True):
-            part = RepeatDataset(build_quietly(factory, before % num_workers), worker_config=worker)
+        for source in stream.sources:
+            folder = self._data / source.path
+            factory = open_folder(folder, worker, source=source.path)
+            part = RepeatDataset(build_quietly(factory, folder, before % total), worker_config=worker)
             weighted.append((part, source.weight))
             before += len(factory)
+        require(
+            before >= total,
+            f"stream '{name}' has {before} samples for {total} data workers: use fewer ranks or workers",
+        )
         dataset = weighted[0][0] if len(weighted) == 1 else BlendDataset(*weighted, worker_config=worker)
         dataset = ShuffleBufferDataset(dataset, size=stream.shuffle_buffer, worker_config=worker)
-        return make_loader(_EncodedBatches(dataset, self._encoders[name], stream.batch_size // worker.world_size, seed))
+        return UnitMaker(dataset, self._encoders[name], stream.batch_size // total, seed)
 
     def __iter__(self) -> Iterator[dict[str, T_batch]]:
-        """Continue after the last batch drawn: each item holds one batch of every stream."""
-        if not self._iterators:
-            self._iterators = {name: iter(loader) for name, loader in self._loaders.items()}
-        while True:
-            yield {name: self._next_batch(name) for name in self._streams}
+        """Continue after the last batch drawn: each item holds one batch of every stream.
 
-    def _next_batch(self, name: str) -> T_batch:
-        """Draw one batch of a stream and count what was skipped for it."""
-        item = next(self._iterators[name])
-        for reason, count in item["skipped"].items():
-            self.skipped[f"{name}/{reason}"] += count
-        if item["error"] is not None:
-            counts = ", ".join(f"{count} {reason}" for reason, count in sorted(item["skipped"].items()))
-            sources = ", ".join(str(self._data / source.path) for source in self._streams[name].sources)
-            raise BeitError(f"stream '{name}' gives no usable sample ({counts}) in {sources}: {item['error']}")
-        batch: T_batch = item["batch"]
-        return batch
+        Raises:
+            BadDataError: a stream gives no usable sample.
+            BeitError: a data process died, or an encoder refused to go on.
+        """
+        if not self._units:
+            self._begin()
+        while True:
+            yield self._draw()
+
+    def _draw(self) -> dict[str, T_batch]:
+        """Draw a round of units of every stream and join them."""
+        drawn = {name: self._next_units(name) for name in self._streams}
+        self._drawn += 1
+        self._keys = {name: [key for unit in units for key in unit.keys] for name, units in drawn.items()}
+        return {name: self._join(name, [unit.batch for unit in units]) for name, units in drawn.items()}
+
+    def _join(self, name: str, batches: list[T_batch]) -> T_batch:
+        return batches[0] if len(batches) == 1 else self._encoders[name].join(batches)
+
+    def _next_units(self, name: str) -> list[Unit]:
+        """Draw a round of units of a stream and count what was skipped for them."""
+        units = self._units[name].draw()
+        for unit in units:
+            for reason, count in unit.skipped.items():
+                self.skipped[f"{name}/{reason}"] += count
+        for unit in units:
+            if isinstance(unit.error, BadDataError):
+                sources = ", ".join(str(self._data / source.path) for source in self._streams[name].sources)
+                raise BadDataError(f"stream '{name}' gives {unit.error}; it reads {sources}")
+            if unit.error is not None:
+                raise unit.error
+        return units
 
     def state_dict(self) -> dict[str, Any]:
         """Save this rank's exact position as plain dicts, lists, numbers and bytes."""
+        if not self._units:
+            self._begin()
+        return {
+            "settings": self._settings(),
+            "data": self._fingerprint if self._rank == 0 else None,  # of many shards it is long
+            "drawn": self._drawn,
+            "skipped": dict(self.skipped),
+            "workers": {name: units.positions() for name, units in self._units.items()},
+        }
+
+    def _settings(self) -> dict[str, Any]:
+        """What an order depends on beside the data and the number of workers."""
+        streams = self._streams.items()
         return {
             "seed": self._seed,
-            "layout": dict(self._layout),
-            "batch_sizes": {name: stream.batch_size for name, stream in self._streams.items()},
-            "skipped": dict(self.skipped),
-            "streams": {name: to_plain(loader.save_state_rank()) for name, loader in self._loaders.items()},
+            "batch_size": {name: stream.batch_size for name, stream in streams},
+            "shuffle_buffer": {name: stream.shuffle_buffer for name, stream in streams},
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go to a saved position; the loader must have been built with the same arguments.
+    def load_state_dict(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Go to a saved position.
+
+        Args:
+            states: what each rank saved, in the order of ranks; there may have been more or fewer of them than now.
 
         Raises:
-            ConfigError: the state was saved under another seed, rank, world size, worker count or batch size.
+            ConfigError: the states belong to other data (which `allow_data_change` accepts), another seed or batch
+                size, or to a number of data workers that these ranks cannot share.
         """
-        own = {
-            "seed": self._seed,
-            "layout": self._layout,
-            "batch_sizes": {name: stream.batch_size for name, stream in self._streams.items()},
-        }
-        for name, value in own.items():
-            require(
-                state[name] == value,
-                f"the data state was saved with {name} {state[name]}, this run has {value}: resume with the same",
-            )
-        self.close()
-        self._loaders = {name: self._open(name) for name in self._streams}
-        for name, loader in self._loaders.items():
-            saved = from_plain(state["streams"][name])
-            loader.restore_state_rank(saved)
-            if saved is not None and loader.num_workers > 0:
-                # Energon forgets the offset of a worker that has not sent a batch since the restore.
-                loader._worker_sample_counters = [
-                    part.offset - 1 + (part.state.sample_index if part.state else 0) for part in saved.worker_states
-                ]
-        self.skipped = Counter(state["skipped"])
+        first = states[0]
+        allowed = self._allow_data_change
+        if not is_same_data(first.get("data"), self._fingerprint, allow_change=allowed, rank=self._rank):
+            self._begin()
+            return
+        for name, value in self._settings().items():
+            saved = first["settings"][name]
+            require(saved == value, f"the data state was saved with {name} {saved}, this run has {value}")
+        workers = {name: [place for state in states for place in state["workers"][name]] for name in self._streams}
+        total = len(next(iter(workers.values())))
+        require(
+            total % self._world_size == 0,
+            f"the data state holds the places of {total} data workers, which {self._world_size} ranks cannot share: "
+            f"resume with {' or '.join(str(ranks) for ranks in range(1, total + 1) if total % ranks == 0)} ranks",
+        )
+        own = total // self._world_size
+        num_workers = min(self._num_workers, 1) if own == 1 else own
+        if self._rank == 0 and num_workers != self._num_workers:
+            line = f"beit3: {num_workers} data processes on each of {self._world_size} ranks, not {self._num_workers}"
+            print(f"{line}: the order of samples goes on with {total} data workers", file=sys.stderr)
+        begin = self._rank * own
+        self._open(num_workers, {name: places[begin : begin + own] for name, places in workers.items()})
+        self._drawn = first["drawn"]
+        self.skipped = share_of_counts(states, self._rank, self._world_size)
 
     def close(self) -> None:
-        """End the worker processes; the loader can be drawn from no more. Happens by itself when it is dropped."""
-        for loader in self._loaders.values():
-            workers = getattr(loader, "_iterator", None)
-            if workers is not None:  # left to python's garbage collection, each one would be waited for 5 seconds
-                workers._shutdown_workers()
-        self._iterators, self._loaders = {}, {}
+        """End the data processes; the next draw starts new ones. Happens by itself when the loader is dropped."""
+        for units in self._units.values():
+            units.close()
 
     def __del__(self) -> None:
-        if hasattr(self, "_loaders"):
+        if hasattr(self, "_units"):
             self.close()
+
+
+def fingerprint_streams(streams: Mapping[str, Stream], data: Path) -> Fingerprint:
+    """What the order of all streams is made of: their sources, and the shards of each.
+
+    Raises:
+        DataMissingError: a folder or shard is missing or cut.
+    """
+    found: Fingerprint = {}
+    for name, stream in streams.items():
+        for source in stream.sources:
+            check_folder(data / source.path)
+            codes = None if source.codes is None else file_digest(data / source.codes / CODES_FILE)
+            found[f"{name}/{source.path}"] = {"weight": source.weight, "codes": codes}
+            shards = fingerprint_folder(data / source.path).items()
+            found |= {f"{name}/{source.path}/{shard}": facts for shard, facts in shards}
+    return found

@@ -21,12 +21,14 @@ def clean_text(value: object) -> str:
         At least one and at most `MAX_CAPTION_CHARS` characters.
 
     Raises:
-        BadSampleError: `empty_caption` when nothing is left, `not_text` for any other type.
+        BadSampleError: `missing_caption` for None, `empty_caption` when nothing is left, `not_text` for other types.
     """
     if isinstance(value, bytes):
         text = value.decode("utf-8", errors="replace")
     elif isinstance(value, str):
         text = value.encode("utf-8", errors="ignore").decode("utf-8")
+    elif value is None:
+        raise BadSampleError("missing_caption")
     else:
         raise BadSampleError("not_text", f"a caption must be text, not {type(value).__name__}")
     text = " ".join(text.replace("\0", "").split())[:MAX_CAPTION_CHARS].rstrip()

@@ -6,6 +6,7 @@ runs on the whole batch, wherever the batch lies.
 
 from __future__ import annotations
 
+from math import inf
 from typing import NamedTuple
 
 import torch
@@ -45,7 +46,7 @@ class CropConfig:
         require(self.size >= 1, f"size must be at least 1, not {self.size}")
         require(self.tokenizer_size is None or self.tokenizer_size >= 1, "tokenizer_size must be at least 1 or None")
         require(0 < self.scale[0] <= self.scale[1] <= 1, f"scale must rise within 0..1, not {self.scale}")
-        require(0 < self.ratio[0] <= self.ratio[1], f"ratio must rise from above 0, not {self.ratio}")
+        require(0 < self.ratio[0] <= self.ratio[1] < inf, f"ratio must rise from above 0, not {self.ratio}")
         require(0 <= self.color_jitter <= 1, f"color_jitter must lie in 0..1, not {self.color_jitter}")
         for name in ("flip", "grayscale"):
             value = getattr(self, name)

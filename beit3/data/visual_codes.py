@@ -20,12 +20,12 @@ import torch
 from PIL import Image
 
 from beit3.config import differences, require, to_plain
-from beit3.data.streams import Stream
+from beit3.data.streams import CODES_FILE, Stream
 from beit3.data.transforms import CropConfig, Views
 from beit3.errors import BadSampleError, ConfigError, DataMissingError
 from beit3.tokenizer.official import load_visual_tokenizer
 
-SETTINGS_FILE = "codes.json"
+SETTINGS_FILE = CODES_FILE
 _BEGINNING = 2**16
 """Bytes of a shard that tell it from others."""
 

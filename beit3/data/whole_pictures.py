@@ -65,7 +65,7 @@ def detect_image(
 def sizes_to_slide_over(preprocess: Preprocess, image: Image.Image, settings: SlidingConfig) -> list[Tensor]:
     """An RGB picture at every size that a window slides over, uint8 (3, h, w) each; mirror images come later."""
     height, width = preprocess.image_size
-    sizes = [(max(1, round(ratio * height)), max(1, round(ratio * width))) for ratio in settings.ratios]
+    sizes = [(max(1, round(scale * height)), max(1, round(scale * width))) for scale in settings.scales]
     return [preprocess.resized(size).whole(image) for size in sizes]
 
 

@@ -23,6 +23,7 @@ from beit3.data.index_files import CaptioningRow, CaptioningTrainingRow, Index, 
 from beit3.finetune.common import Predictions, TextBatch, TextFinetuneConfig, TextFinetuneTask, pad_texts
 from beit3.metrics.caption_scores import caption_scores
 from beit3.model.heads import CaptioningModel
+from beit3.model.memory import BatchSizes, Head
 from beit3.model.packing import PackedBatch, pack_texts
 from beit3.model.presets import PAD, UNK
 from beit3.tokenizer.text import TextTokenizer
@@ -49,6 +50,13 @@ class CaptioningConfig(TextFinetuneConfig):
         require(0 < self.mask_probability <= 1, f"mask_probability must lie in 0..1, not {self.mask_probability}")
         for name in ("label_smoothing", "drop_worst"):
             require(0 <= getattr(self, name) < 1, f"{name} must lie in 0..1, not {getattr(self, name)}")
+
+    @property
+    def sizes(self) -> BatchSizes:
+        """A batch."""
+        hidden = self.batch_size * max(1, round(self.mask_probability * self.pairs.text))
+        head = Head(hidden, self.model.width, self.model.vocab_size)
+        return self.sizes_with(CaptioningModel, (self.pairs,), (head,), "vision")
 
     def build(self) -> Captioning:
         """Build the Task, with random or given weights."""

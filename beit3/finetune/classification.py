@@ -24,6 +24,7 @@ from beit3.data.labels import find_labels, read_labels
 from beit3.finetune.common import Batch, FinetuneConfig, FinetuneTask, Predictions, count_classes
 from beit3.metrics.accuracy import class_ranks, topk_accuracy
 from beit3.model.heads import ClassificationModel
+from beit3.model.memory import BatchSizes, Head, Sequences
 from beit3.train.task import Loader
 
 
@@ -52,6 +53,13 @@ class ClassificationConfig(FinetuneConfig):
         require(0 <= self.label_smoothing < 1, f"label_smoothing must lie in 0..1, not {self.label_smoothing}")
         for name in ("mixup", "cutmix"):
             require(getattr(self, name) >= 0, f"{name} must not be negative, not {getattr(self, name)}")
+
+    @property
+    def sizes(self) -> BatchSizes:
+        """A batch; 1,000 classes where only their names would tell."""
+        images, classes = Sequences(self.batch_size, 1 + self.model.num_patches), self.num_classes or 1000
+        head = Head(self.batch_size, self.model.width, classes)
+        return self.sizes_with(ClassificationModel, (images,), (head,), num_classes=classes)
 
     def build(self) -> Classification:
         """Build the Task, with random or given weights."""

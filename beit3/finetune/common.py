@@ -10,19 +10,21 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from beit3.config import config, require
 from beit3.data.augment import MultimodalView, MultimodalViewConfig
-from beit3.data.labels import labels_file
+from beit3.data.labels import labels_file, read_labels
 from beit3.data.preprocess import Preprocess
+from beit3.data.source import find_source
 from beit3.errors import ConfigError
 from beit3.finetune.index_task import IndexConfig, IndexTask
 from beit3.model.build import build_model
 from beit3.model.flops import forward_flops, unseen_flops
+from beit3.model.memory import BatchSizes, Head, Pass, Sequences
 from beit3.model.packing import Layout
 from beit3.model.presets import PAD, ModelConfig
 from beit3.model.store import fill_model
@@ -40,7 +42,8 @@ class FinetuneConfig(IndexConfig):
 
     model: ModelConfig
     init_from: Path | None = None
-    """Exchange folder or released file to start from; heads of the same task and sizes are kept. None: random."""
+    """Exchange folder or released file to start from; heads of the same task and sizes are kept, but for the layers of
+    classes if its `labels.json` names others. None: random."""
     preprocess: Preprocess | None = None
     """How pictures are prepared; None: as released for the task."""
 
@@ -49,6 +52,43 @@ class FinetuneConfig(IndexConfig):
         require(
             self.preprocess is None or self.preprocess.image_size == self.model.image_size,
             f"preprocess.image_size must be the model's image_size {self.model.image_size}",
+        )
+
+    def sizes_with(
+        self,
+        kind: type[TaskModel],
+        sequences: tuple[Sequences, ...],
+        heads: tuple[Head, ...] = (),
+        unread: str | None = None,
+        **options: int,
+    ) -> BatchSizes:
+        """A batch of such sequences.
+
+        Args:
+            kind: of the task model.
+            sequences: pictures with a text are pairs.
+            heads: where losses are computed.
+            unread: the modality whose last states no head reads.
+            **options: of the task model's head.
+        """
+
+        def network() -> TaskModel:
+            model: Any = build_model(self.model, kind.task, **options)
+            model.backbone.vision_embedding.mask_token.requires_grad_(False)
+            kinds = {(one.vision > 0, one.text > 0) for one in sequences}
+            reached = {"images": (True, False), "texts": (False, True), "pairs": (True, True)}
+            model.backbone.freeze_unreached(**{name: has in kinds for name, has in reached.items()})
+            if unread is not None:
+                model.backbone.freeze_unread(unread)
+            return cast(TaskModel, model)
+
+        return BatchSizes(
+            build=network,
+            passes=(Pass(self.model, sequences),),
+            heads=heads,
+            images=sum(one.count for one in sequences if one.vision),
+            side=self.model.image_size[0],
+            words=sum(one.count * one.text for one in sequences),
         )
 
 
@@ -62,6 +102,11 @@ class TextFinetuneConfig(FinetuneConfig):
     """How training pictures are varied."""
     max_text_length: int = 64
     """Longest text in ids; longer ones are cut."""
+
+    @property
+    def pairs(self) -> Sequences:
+        """Pictures with their texts, which are taken to fill half of `max_text_length`."""
+        return Sequences(self.batch_size, 1 + self.model.num_patches, self.max_text_length // 2)
 
     def __post_init__(self) -> None:
         FinetuneConfig.__post_init__(self)
@@ -125,7 +170,7 @@ class FinetuneTask(IndexTask[B], ABC, Generic[C, B]):
         self.labels = labels
         self.preprocess = config.preprocess or Preprocess.of_task(config.model, self.kind.task)
         if model is None and config.init_from is not None:
-            fill_model(self.model, config.init_from)
+            fill_model(self.model, config.init_from, same_classes=_same_classes(labels, config.init_from))
         self.model.backbone.vision_embedding.mask_token.requires_grad_(False)  # nothing is hidden
 
     @abstractmethod
@@ -144,9 +189,9 @@ class FinetuneTask(IndexTask[B], ABC, Generic[C, B]):
         """The predictions of a whole set as they are written down: rows of plain values."""
         return predictions
 
-    def submission(self, predictions: Predictions) -> list[dict[str, Any]]:
-        """The predictions of a whole set in the form that a test server takes; empty where there is no such form."""
-        return []
+    def submission(self, predictions: Predictions) -> list[dict[str, Any]] | None:
+        """The predictions of a whole set in the form that a test server takes; None where there is no such form."""
+        return None
 
     def pixels(self, batch: Batch) -> Tensor:
         """The pictures as the model takes them, float32."""
@@ -202,6 +247,12 @@ def pad_texts(texts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)
     lengths = torch.tensor([len(row) for row in rows])
     return ids, torch.arange(ids.shape[1]) < lengths[:, None]
+
+
+def _same_classes(labels: Sequence[str] | None, source: Path) -> bool:
+    """Whether outputs stand for the classes or answers of a saved model, as far as the names of both are known."""
+    known = None if labels is None else find_source(source).labels
+    return known is None or read_labels(known) == labels
 
 
 def count_classes(given: int | None, labels: Sequence[str] | None, path: Path | None, least: int = 1) -> int:

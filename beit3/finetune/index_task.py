@@ -12,6 +12,7 @@ import torch
 
 from beit3.config import Run, TaskConfig, config, require
 from beit3.data.example_loader import ExampleLoader, Examples, evaluation_batches
+from beit3.data.fingerprint import Fingerprint, fingerprint_files
 from beit3.data.index_files import Index
 from beit3.train.task import Loader, Task
 
@@ -83,23 +84,31 @@ class IndexTask(Task[B], ABC):
         """What index files name, with the view of training or of evaluation."""
 
     def train_loader(self, run: Run, rank: int, world_size: int) -> Loader[B]:
-        """Endless batches in a new order each epoch.
+        """Endless batches in a new order each epoch."""
+        paths = [run.data / name for name in self.config.train.split(",")]
+        examples = self.examples(paths, training=True)
+        loader = self.loader_of(examples, examples.collate, run, rank, world_size, fingerprint_files(paths))
+        if rank == 0 and self.config.eval is not None:
+            held_out = run.data / self.config.eval
+            if held_out.resolve() in (path.resolve() for path in paths):
+                logger.warning("%s is trained on and evaluated on: metrics will not tell of unseen examples", held_out)
+        return loader
+
+    def loader_of(
+        self,
+        examples: Examples[T],
+        collate: Callable[[list[T]], B],
+        run: Run,
+        rank: int,
+        world_size: int,
+        data: Fingerprint | None = None,
+    ) -> Loader[B]:
+        """Endless batches of examples, which are made of some files, in a new order each epoch.
 
         Rank 0 reads what it will evaluate on as well: whatever is wrong there is said now, not after the training.
         """
-        paths = [run.data / name for name in self.config.train.split(",")]
-        examples = self.examples(paths, training=True)
         if rank == 0 and self.config.eval is not None:
-            held_out = run.data / self.config.eval
-            self._examples_to_evaluate(held_out)
-            if held_out.resolve() in (path.resolve() for path in paths):
-                logger.warning("%s is trained on and evaluated on: metrics will not tell of unseen examples", held_out)
-        return self.loader_of(examples, examples.collate, run, rank, world_size)
-
-    def loader_of(
-        self, examples: Examples[T], collate: Callable[[list[T]], B], run: Run, rank: int, world_size: int
-    ) -> Loader[B]:
-        """Endless batches of examples, in a new order each epoch."""
+            self._examples_to_evaluate(run.data / self.config.eval)
         return ExampleLoader(
             examples,
             collate,
@@ -108,6 +117,8 @@ class IndexTask(Task[B], ABC):
             rank=rank,
             world_size=world_size,
             num_workers=run.loop.num_workers,
+            data=data,
+            allow_data_change=run.allow_data_change,
         )
 
     def eval_loader(self, run: Run) -> Iterable[B] | None:

@@ -5,6 +5,7 @@ Shapes: B sentences.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from beit3.data.index_files import Index, NLVR2Row, encode_text, read_index, rea
 from beit3.finetune.common import Predictions, TextBatch, TextFinetuneConfig, TextFinetuneTask, pad_texts
 from beit3.metrics.accuracy import nlvr2_accuracy
 from beit3.model.heads import NLVR2Model
+from beit3.model.memory import BatchSizes
 from beit3.model.packing import Layout
 from beit3.tokenizer.text import TextTokenizer
 
@@ -26,6 +28,11 @@ from beit3.tokenizer.text import TextTokenizer
 @config
 class NLVR2Config(TextFinetuneConfig):
     """Nothing beyond what all tasks with texts have."""
+
+    @property
+    def sizes(self) -> BatchSizes:
+        """A batch: each sentence goes with either picture."""
+        return self.sizes_with(NLVR2Model, (dataclasses.replace(self.pairs, count=2 * self.batch_size),))
 
     def build(self) -> NLVR2:
         """Build the Task, with random or given weights."""

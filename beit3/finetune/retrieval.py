@@ -20,6 +20,7 @@ from beit3.data.index_files import Index, RetrievalRow, encode_text, read_index,
 from beit3.finetune.common import Predictions, TextBatch, TextFinetuneConfig, TextFinetuneTask, pad_texts
 from beit3.metrics.retrieval import feature_ranks, recall_of_ranks
 from beit3.model.heads import RetrievalModel
+from beit3.model.memory import BatchSizes
 from beit3.model.packing import Layout, PackedBatch, pack_texts
 from beit3.pretrain.contrastive_loss import contrastive_loss
 from beit3.tokenizer.text import TextTokenizer
@@ -36,6 +37,14 @@ class RetrievalConfig(TextFinetuneConfig):
 
     same_image_is_negative: bool = False
     """Whether other captions of the same picture are negatives, as in the released code."""
+
+    @property
+    def sizes(self) -> BatchSizes:
+        """A batch: pictures and texts apart."""
+        pairs = self.pairs
+        apart = (dataclasses.replace(pairs, text=0), dataclasses.replace(pairs, vision=0))
+        sizes = self.sizes_with(RetrievalModel, apart)
+        return dataclasses.replace(sizes, gathered=2 * self.batch_size * self.model.width)
 
     def build(self) -> Retrieval:
         """Build the Task, with random or given weights."""

@@ -24,6 +24,7 @@ from beit3.data.labels import find_labels, labels_beside, read_labels
 from beit3.finetune.common import Predictions, TextBatch, TextFinetuneConfig, TextFinetuneTask, pad_texts
 from beit3.metrics.vqa_accuracy import vqa_accuracy
 from beit3.model.heads import VQAModel
+from beit3.model.memory import BatchSizes, Head
 from beit3.tokenizer.text import TextTokenizer
 from beit3.train.task import Loader
 
@@ -35,6 +36,12 @@ class VQAConfig(TextFinetuneConfig):
     labels: Path
     """`labels.json` (or the released `answer2label.txt`) with the answers, in the order of the index files' labels; in
     the data folder or elsewhere."""
+
+    @property
+    def sizes(self) -> BatchSizes:
+        """A batch, with the 3,129 answers of VQAv2."""
+        head = Head(self.batch_size, 2 * self.model.width, 3129)
+        return self.sizes_with(VQAModel, (self.pairs,), (head,), "text", num_answers=3129)
 
     def build(self) -> VQA:
         """Build the Task, with random or given weights."""
@@ -157,10 +164,10 @@ class VQA(TextFinetuneTask[VQAConfig, VQABatch]):
             metrics["score"] = fmean(row.get("score", 0.0) for row in predictions)
         return metrics if self.labels is None else metrics | measure_consensus(predictions)
 
-    def submission(self, predictions: Predictions) -> list[dict[str, Any]]:
+    def submission(self, predictions: Predictions) -> list[dict[str, Any]] | None:
         """What the VQA challenge takes; answers without names are of no use there."""
         if self.labels is None:
-            return []
+            return None
         return [{"question_id": row["question_id"], "answer": row["answer"]} for row in predictions]
 
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from beit3.errors import ConfigError
+from beit3.metrics.run_lengths import check_run_lengths
 
 Kind = Literal["bbox", "segm"]
 _SUMMARY = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar1", "ar10", "ar100")
@@ -29,14 +30,14 @@ def average_precision(
         truth: as in a COCO file: `images` (id, height, width), `annotations` (id, image_id, category_id, bbox, area,
             iscrowd, and segmentation for masks), `categories` (id, name). Crowd regions neither ask for detections nor
             make those inside them wrong.
-        found: as in a COCO result: image_id, category_id, score, bbox and, for masks, segmentation as RLE.
-        kind: boxes or masks.
+        found: as in a COCO result: image_id, category_id, score, and bbox for boxes or segmentation, as RLE, for masks.
+        kind: boxes or masks; the other one's size and place are not looked at.
 
     Returns:
         shares in 0..1 by the names of `_SUMMARY`, and `ap/NAME` for each category; what no object asks for is left out.
 
     Raises:
-        ConfigError: faster-coco-eval is not installed.
+        ConfigError: faster-coco-eval is not installed, or a mask is broken.
     """
     try:
         from faster_coco_eval import COCO, COCOeval_faster
@@ -47,6 +48,10 @@ def average_precision(
         return {}
     if not found:
         return _nothing_found(truth, asked)
+    if kind == "segm":
+        _check_masks(truth["images"], [*truth["annotations"], *found])
+        # With a box, the library would tell small from large by its area instead of the mask's.
+        found = [{name: value for name, value in row.items() if name != "bbox"} for row in found]
     with contextlib.redirect_stdout(io.StringIO()):  # it tells of its progress
         known = COCO({name: [dict(row) for row in rows] for name, rows in truth.items()})
         measured = COCOeval_faster(known, known.loadRes([dict(row) for row in found]), kind)
@@ -61,6 +66,18 @@ def average_precision(
         for number, category in enumerate(measured.params.catIds)
     }
     return {name: value for name, value in (summary | of_classes).items() if value >= 0}
+
+
+def _check_masks(images: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse run lengths that the library would loop over for ever, or crash at."""
+    sizes = {image["id"]: (image["height"], image["width"]) for image in images}
+    for row in rows:
+        mask = row.get("segmentation")
+        if isinstance(mask, Mapping) and row["image_id"] in sizes:
+            try:
+                check_run_lengths(mask, *sizes[row["image_id"]])
+            except ValueError as error:
+                raise ConfigError(f"a mask of image {row['image_id']} is broken ({error}): write it anew") from error
 
 
 def _nothing_found(

@@ -24,6 +24,8 @@ IGNORED = 255
 """Label of pixels that are neither learned from nor measured."""
 SegmentationHead = Literal["upernet", "mask2former"]
 _AUXILIARY_WEIGHT = 0.4
+_MOST_AUXILIARY = 256
+"""Channels of the auxiliary head."""
 _MASK2FORMER_UNIT = 32
 """Channels of an attention head, and groups of a group norm, in Mask2Former."""
 
@@ -126,14 +128,16 @@ class UPerNet(nn.Module):
     Args:
         channels: C.
         num_classes: K.
-        width: channels within; the auxiliary head has half of them (BEiT: 512 and 256).
+        width: channels within; the auxiliary head has half of them, at most 256 (as in BEiT's and BEiT v2's recipes).
     """
 
     def __init__(self, channels: int, num_classes: int, width: int) -> None:
         super().__init__()
         library = _library("upernet")
         settings = library.UperNetConfig(
-            hidden_size=width, auxiliary_channels=max(1, width // 2), num_labels=num_classes
+            hidden_size=width,
+            auxiliary_channels=max(1, min(_MOST_AUXILIARY, width // 2)),
+            num_labels=num_classes,
         )
         self.decode_head: nn.Module = library.UperNetHead(settings, [channels] * NUM_LEVELS)
         self.auxiliary_head: nn.Module = library.UperNetFCNHead(settings, [channels] * NUM_LEVELS)

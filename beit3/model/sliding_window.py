@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from beit3.config import config, require
+from beit3.config import check_types, config, require
 
 if TYPE_CHECKING:
     from beit3.model.segmentation import SegmentationModel
@@ -32,7 +32,7 @@ class SlidingConfig:
 
     stride_share: float = 2 / 3
     """Step of the window, as a share of its side (BEiT's)."""
-    ratios: tuple[float, ...] = (1.0,)
+    scales: tuple[float, ...] = (1.0,)
     """Sizes of the picture, relative to the usual one; probabilities are averaged. BEiT's test with several: 0.5,
     0.75, 1, 1.25, 1.5, 1.75."""
     flip: bool = False
@@ -41,10 +41,11 @@ class SlidingConfig:
     """Windows of one pass through the model; memory against speed."""
 
     def __post_init__(self) -> None:
-        require(0 < self.stride_share <= 1, f"stride_share must lie in 0..1, not {self.stride_share}")
-        fits = bool(self.ratios) and all(0.1 <= ratio <= 4 for ratio in self.ratios)
-        require(fits, f"ratios must be one or more within 0.1..4, not {self.ratios}")
-        require(self.windows_at_once >= 1, f"windows_at_once must be at least 1, not {self.windows_at_once}")
+        check_types(self, "slide")
+        require(0 < self.stride_share <= 1, f"slide.stride_share must lie in 0..1, not {self.stride_share}")
+        fits = bool(self.scales) and all(0.1 <= scale <= 4 for scale in self.scales)
+        require(fits, f"slide.scales must be one or more within 0.1..4, not {self.scales}")
+        require(self.windows_at_once >= 1, f"slide.windows_at_once must be at least 1, not {self.windows_at_once}")
 
 
 def slide(
@@ -110,7 +111,7 @@ def segment_views(
         views: the picture in one or more sizes, (3, h, w) each, normalised, on the model's device.
         size: (H, W) of the picture itself.
         window: sides of what the model reads at once.
-        settings: of `SlidingConfig`; its ratios are not looked at again.
+        settings: of `SlidingConfig`; its scales are not looked at again.
 
     Returns:
         (H, W) int64 on the same device.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,8 @@ _IMAGES_ALONE = ("clip", "detection", "segmentation")
 """Task models whose backbone reads images alone."""
 _WITHOUT_FINAL_NORM = ("classification", "vqa")
 """Released task models that have no norm after the last block."""
+_MOST_LAYERS = 12
+"""That the log names."""
 logger = logging.getLogger(__name__)
 
 
@@ -99,10 +102,10 @@ def load_model(
     return _fill(stored, parts, strict, str(source)).eval()
 
 
-def fill_model(model: AnyModel, source: str | Path) -> None:
+def fill_model(model: AnyModel, source: str | Path, *, same_classes: bool = True) -> None:
     """Start a model from a saved one: its backbone, and its heads if they are of the same task and sizes.
 
-    Of a detection or segmentation model of other classes all is taken that has the same shape, which the log says.
+    Of a detection or segmentation model of other sizes all is taken that has the same shape, which the log says.
 
     Positions are interpolated to the model's image size; drop path and the like may differ. Final norms that the model
     does not have are left out, and those that the source does not have stay as they are (as the released code does).
@@ -112,6 +115,8 @@ def fill_model(model: AnyModel, source: str | Path) -> None:
     Args:
         model: of the same backbone shape; changed in place.
         source: as for `load_model`.
+        same_classes: False where its outputs stand for other classes or answers: layers whose shape depends on their
+            number stay random, and the log names them.
 
     Raises:
         DataMissingError: the source does not exist.
@@ -129,20 +134,39 @@ def fill_model(model: AnyModel, source: str | Path) -> None:
     if changed := differences(theirs, ours):
         raise ConfigError(f"{source} has another shape than the model of this run: {', '.join(changed)} differ")
     _check_finite(stored.state, str(source))
+    of_classes = set() if same_classes or stored.task != model.task else _class_layers(model)
     if stored.task == model.task and model.task in _KEPT_IN_PART and not with_heads:
-        _fill_what_fits(model, stored.state, str(source))
+        given = {name: value for name, value in stored.state.items() if name not in of_classes}
+        _fill_what_fits(model, given, str(source))
         return
     target, given = (model, stored.state) if with_heads else (backbone, _backbone_state(stored))
     of_part = None if part is None else _names_of_part(own, part)
     norms_differ = stored.config.final_norm != own.final_norm
 
     def is_taken(name: str) -> bool:
-        return (of_part is None or name in of_part) and not (norms_differ and _FINAL_NORM.match(name))
+        left = (norms_differ and _FINAL_NORM.match(name)) or (with_heads and name in of_classes)
+        return (of_part is None or name in of_part) and not left
 
     state = {name: value for name, value in given.items() if is_taken(name)}
     state |= {name: value for name, value in target.state_dict().items() if not is_taken(name)}
     check_tensors(state, _shapes(target), f"{source}: its weights")
     target.load_state_dict(state)
+    if with_heads and of_classes:
+        logger.warning("%s is of other classes: random weights in %s", source, _layers(of_classes))
+
+
+def _class_layers(model: AnyModel) -> set[str]:
+    """Tensors whose shape depends on the number of classes or answers."""
+    options: dict[str, Any] = dict(model.head_options)
+    options |= {name: options[name] - 1 or 2 for name in ("num_classes", "num_answers") if name in options}
+    with torch.device("meta"):
+        other = _shapes(build_model(model.model_config, model.task, **options))
+    return {name for name, shape in _shapes(model).items() if name in other and other[name] != shape}
+
+
+def _layers(tensors: Iterable[str]) -> str:
+    """The layers that tensors belong to, for a line of the log."""
+    return listed(list(dict.fromkeys(name.rpartition(".")[0] for name in sorted(tensors))), _MOST_LAYERS)
 
 
 def _fill_what_fits(model: AnyModel, given: dict[str, Tensor], source: str) -> None:
@@ -150,7 +174,8 @@ def _fill_what_fits(model: AnyModel, given: dict[str, Tensor], source: str) -> N
     own = _shapes(model)
     state = {name: value.float() for name, value in given.items() if own.get(name) == tuple(value.shape)}
     model.load_state_dict(state, strict=False)
-    logger.warning("%s: random weights in %s", source, listed([name for name in own if name not in state]))
+    if random := [name for name in own if name not in state]:
+        logger.warning("%s: random weights in %s", source, _layers(random))
 
 
 def _common_part(stored: Part | None, own: Part | None) -> Part | None:

@@ -11,10 +11,11 @@ from typing import Any
 
 from torch import Tensor
 
-from beit3.config import Run, config, require
+from beit3.config import Run, config, replace, require
 from beit3.data.preprocess import Preprocess
 from beit3.model.flops import forward_flops
 from beit3.model.heads import ClipModel, RetrievalModel
+from beit3.model.memory import BatchSizes, Pass, Sequences
 from beit3.model.packing import Layout, PackedBatch
 from beit3.model.presets import ModelConfig, TextTowerConfig
 from beit3.model.store import fill_model
@@ -61,6 +62,37 @@ class ContrastiveConfig(PairConfig):
         total = self.model.num_patches
         return (self.kept_patches, total) if self.kept_patches < total else None
 
+    @property
+    def sizes(self) -> BatchSizes:
+        """A batch: captions are taken to fill half of `max_text_length`."""
+        model, tower, pairs = self.model, self.text_tower, self.pairs.batch_size
+        images = Sequences(pairs, 1 + self.kept_patches)
+        texts = Sequences(pairs, text=self.max_text_length // 2)
+        passes: tuple[Pass, ...] = (Pass(model, (images, texts)),)
+        if tower is not None:
+            shape = {"width": tower.width, "num_layers": tower.num_layers, "num_heads": tower.num_heads}
+            words = replace(model, **shape, ffn_width=4 * tower.width, fusion_layers=0, final_norm=True)
+            passes = (Pass(model, (images,)), Pass(words, (texts,)))
+        return BatchSizes(
+            build=self.network,
+            passes=passes,
+            heads=(),
+            images=pairs,
+            side=self.crop.size,
+            words=texts.tokens,
+            gathered=2 * pairs * (model.width if tower is None else tower.embed_width),
+        )
+
+    def network(self) -> RetrievalModel:
+        """What is trained, with random weights; what no sequence reaches is frozen."""
+        if self.text_tower is None:
+            model = RetrievalModel(self.model, loss=self.loss)
+        else:
+            model = ClipModel(self.model, **self.text_tower.options, loss=self.loss)
+        model.backbone.freeze_unreached(images=True, texts=True, pairs=False)
+        model.backbone.vision_embedding.mask_token.requires_grad_(False)  # nothing is hidden
+        return model
+
     def build(self) -> Contrastive:
         """Build the Task, with random or given weights."""
         return Contrastive(self)
@@ -71,11 +103,9 @@ class Contrastive(PairTask[ContrastiveConfig]):
 
     def __init__(self, config: ContrastiveConfig) -> None:
         super().__init__(config, Preprocess(image_size=config.model.image_size, max_text_length=config.max_text_length))
-        self.model = _build_model(config)
+        self.model = config.network()
         if config.init_from is not None:
             fill_model(self.model, config.init_from)
-        self.model.backbone.freeze_unreached(images=True, texts=True, pairs=False)
-        self.model.backbone.vision_embedding.mask_token.requires_grad_(False)  # nothing is hidden
         self._probes = Probes(config.probes, config.model.image_size)
 
     def embed(self, packed: PackedBatch) -> tuple[Tensor, Tensor]:
@@ -108,9 +138,3 @@ class Contrastive(PairTask[ContrastiveConfig]):
         """Recall, zero-shot accuracy, and what the probe finds."""
         metrics = super().evaluate(loader)
         return {**metrics, **self._probes.measure(self.model.backbone)}
-
-
-def _build_model(config: ContrastiveConfig) -> RetrievalModel:
-    if config.text_tower is None:
-        return RetrievalModel(config.model, loss=config.loss)
-    return ClipModel(config.model, **config.text_tower.options, loss=config.loss)

@@ -17,11 +17,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from beit3.config import Run, TaskConfig, config, require, to_plain
+from beit3.data.example_loader import ExampleLoader
 from beit3.data.feature_cache import build_feature_cache
 from beit3.data.images import decode_image
 from beit3.data.shards import Sample, load_prepared
-from beit3.data.streams import Stream, StreamLoader
-from beit3.data.table import TableLoader
+from beit3.data.streams import Stream, StreamLoader, fingerprint_streams
 from beit3.data.transforms import CropConfig, EvalResize, RandomCrop
 from beit3.errors import BadSampleError
 from beit3.tokenizer.teachers import Teacher, TeacherConfig, build_teacher
@@ -93,6 +93,11 @@ class CropEncoder:
         second = [large for _, large in samples if large is not None]
         return CropBatch(torch.stack([image for image, _ in samples]), torch.stack(second) if second else None)
 
+    def join(self, units: list[CropBatch]) -> CropBatch:
+        """Lay units one behind the other."""
+        second = [unit.teacher_images for unit in units if unit.teacher_images is not None]
+        return CropBatch(torch.cat([unit.images for unit in units]), torch.cat(second) if second else None)
+
 
 class ImageTokenizer(Task[CropBatch]):
     """Learn codes from which a decoder rebuilds a teacher's features."""
@@ -121,21 +126,14 @@ class ImageTokenizer(Task[CropBatch]):
         config = self.config
         if not config.cached_crops:
             encoder = CropEncoder(RandomCrop(config.crop))
-            loader: StreamLoader[CropBatch] = StreamLoader(
-                {"images": config.images},
-                {"images": encoder},
-                data=run.data,
-                seed=run.seed,
-                rank=rank,
-                world_size=world_size,
-                num_workers=run.loop.num_workers,
-            )
+            loader = StreamLoader.for_run({"images": config.images}, {"images": encoder}, run, rank, world_size)
             return OneStream(loader, "images")
         _ = self.teacher  # of another width: better said before its features are computed
         if rank and dist.is_initialized():
             dist.barrier()  # rank 0 fills the cache
         folders = [run.data / source.path for source in config.images.sources]
-        table = build_feature_cache(
+        data = fingerprint_streams({"images": config.images}, run.data)
+        cache = build_feature_cache(
             run.folder / "cache",
             (sample for folder in folders for sample in load_prepared(folder)),
             teacher=self.teacher,
@@ -145,18 +143,21 @@ class ImageTokenizer(Task[CropBatch]):
             crops_per_picture=config.cached_crops,
             seed=run.seed,
             source=", ".join(source.path for source in config.images.sources),
+            data=data,
             device=choose_device(run.device),
         )
         if not rank and dist.is_initialized():
             dist.barrier()
-        return TableLoader(
-            table,
-            config.images.batch_size,
+        return ExampleLoader(
+            cache,
             _collate_cached,
+            batch_size=config.images.batch_size,
             seed=run.seed,
             rank=rank,
             world_size=world_size,
             num_workers=run.loop.num_workers,
+            data=data,
+            allow_data_change=run.allow_data_change,
         )
 
     def forward(self, batch: CropBatch) -> dict[str, Tensor]:

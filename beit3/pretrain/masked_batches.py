@@ -9,13 +9,14 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 
@@ -61,6 +62,9 @@ class MaskedBatch:
     """Hidden words, padding included, that belong to pairs: they come first."""
     hidden_words: int
     """Hidden words without padding."""
+    mean_words: tuple[float, float] | None = None
+    """Hidden words of pairs, and of texts alone, of one batch of the step, on average over its batches and all ranks:
+    then their losses add up to the mean over all words of the step. None: those of this batch."""
 
     def to(self, device: torch.device) -> MaskedBatch:
         """Copy the tensors to a device."""
@@ -170,6 +174,10 @@ class MaskedEncoder:
             hidden_words=sum(len(text.places) for text in texts),
         )
 
+    def join(self, units: list[MaskedBatch]) -> MaskedBatch:
+        """Lay units one behind the other; each has its own texts shortest first."""
+        return join_batches(units)
+
 
 def training_crop(crop: CropConfig, codes: Mapping[str, CodeTable]) -> RandomCrop:
     """How a stream draws crops; where codes are recorded, nobody looks at the tokenizer's size."""
@@ -187,6 +195,16 @@ class Joined:
         """Samples left out so far, by stream and reason."""
         return self._loader.skipped
 
+    @property
+    def used(self) -> int:
+        """Samples that entered batches so far."""
+        return self._loader.used
+
+    @property
+    def keys(self) -> Sequence[str]:
+        """Samples of the batch drawn last."""
+        return self._loader.keys
+
     def __iter__(self) -> Iterator[MaskedBatch]:
         for batches in self._loader:
             yield join_batches([batches[kind] for kind in KINDS if kind in batches])
@@ -195,13 +213,13 @@ class Joined:
         """The streams' position."""
         return self._loader.state_dict()
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, states: Sequence[Mapping[str, Any]]) -> None:
         """Go to a saved position."""
-        self._loader.load_state_dict(state)
+        self._loader.load_state_dict(states)
 
 
 def join_batches(batches: list[MaskedBatch]) -> MaskedBatch:
-    """Join the batches of the streams into one, pairs first."""
+    """Join batches of one stream or of several into one, those of pairs first."""
     patch_rows: list[Tensor] = []
     word_rows: list[Tensor] = []
     vision = text = 0
@@ -223,6 +241,20 @@ def join_batches(batches: list[MaskedBatch]) -> MaskedBatch:
         pair_words=sum(batch.pair_words for batch in batches),
         hidden_words=sum(batch.hidden_words for batch in batches),
     )
+
+
+def average_words(batches: Sequence[MaskedBatch]) -> list[MaskedBatch]:
+    """Note in all batches of an optimizer step how many hidden words they have on average, over all ranks."""
+    counts = torch.zeros(2, dtype=torch.int64)
+    for batch in batches:
+        real = batch.words != IGNORE
+        counts += torch.stack([real[: batch.pair_words].sum(), real[batch.pair_words :].sum()])
+    ranks = 1
+    if dist.is_initialized():
+        ranks = dist.get_world_size()
+        dist.all_reduce(counts)
+    pairs, texts = (float(count) / (ranks * len(batches)) for count in counts)
+    return [dataclasses.replace(batch, mean_words=(pairs, texts)) for batch in batches]
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ Heads and losses touch hidden positions only. All three streams go through the m
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -25,7 +25,8 @@ from beit3.data.streams import Stream, StreamLoader
 from beit3.data.transforms import CropConfig, EvalResize, Views, normalize
 from beit3.data.visual_codes import CodeTable, open_codes
 from beit3.model.flops import forward_flops
-from beit3.model.heads import PretrainingModel
+from beit3.model.heads import CODEBOOK_SIZE, PretrainingModel
+from beit3.model.memory import BatchSizes, Head, Pass, Sequences, tokenizer_pass
 from beit3.model.packing import PackedBatch
 from beit3.model.presets import ModelConfig
 from beit3.model.store import fill_model
@@ -38,6 +39,7 @@ from beit3.pretrain.masked_batches import (
     Kind,
     MaskedBatch,
     MaskedEncoder,
+    average_words,
     fixed_batches,
     hidden_codes,
     training_crop,
@@ -102,6 +104,42 @@ class MaskedDataModelingConfig(TaskConfig):
         """Kinds of sequences that pass through the model; `MultiwayTransformer.freeze_unreached` asks."""
         return {kind: getattr(self, kind) is not None for kind in ("images", "texts", "pairs")}
 
+    @property
+    def sizes(self) -> BatchSizes:
+        """A batch: captions are taken to fill half of `max_text_length`, texts alone all of it."""
+        model, masks, patches = self.model, self.mask, 1 + self.model.num_patches
+        texts = {"pairs": self.max_text_length // 2, "images": 0, "texts": self.max_text_length}
+        streams = {kind: stream for kind in KINDS if (stream := getattr(self, kind)) is not None}
+        parts = {
+            kind: Sequences(stream.batch_size, 0 if kind == "texts" else patches, texts[kind])
+            for kind, stream in streams.items()
+        }
+        images = sum(part.count for part in parts.values() if part.vision)
+        shares = {"pairs": masks.pair_words, "texts": masks.words}
+        hidden = sum(part.count * max(1, round(shares[kind] * part.text)) for kind, part in parts.items() if part.text)
+        recorded = any(stream.recorded for stream in streams.values())
+        side = self.crop.tokenizer_size or self.crop.size
+        return BatchSizes(
+            build=self.network,
+            passes=(Pass(model, tuple(parts.values())),),
+            heads=(
+                Head(images * masks.num_patches(model.grid), model.width, CODEBOOK_SIZE),
+                Head(hidden, model.width, model.vocab_size),
+            ),
+            images=images,
+            side=self.crop.size,
+            words=sum(part.count * part.text for part in parts.values()),
+            tokenizer=tokenizer_pass(0 if recorded else images, model.grid, side),
+        )
+
+    def network(self, codebook_size: int = CODEBOOK_SIZE) -> PretrainingModel:
+        """What is trained, with random weights; what no sequence reaches is frozen."""
+        model = PretrainingModel(self.model, codebook_size)
+        model.backbone.freeze_unreached(**self.reached)
+        model.mim_head.requires_grad_(self.images is not None or self.pairs is not None)
+        model.mlm_head.requires_grad_(self.texts is not None or self.pairs is not None)
+        return model
+
     def build(self) -> MaskedDataModeling:
         """Build the Task with random weights."""
         return MaskedDataModeling(self)
@@ -120,13 +158,9 @@ class MaskedDataModeling(Task[MaskedBatch]):
             len(self.text_tokenizer) <= config.model.vocab_size,
             f"{config.text_tokenizer} has {len(self.text_tokenizer)} ids, the model {config.model.vocab_size}",
         )
-        self.model = PretrainingModel(config.model, visual_tokenizer.config.codebook_size)
+        self.model = config.network(visual_tokenizer.config.codebook_size)
         if config.init_from is not None:
             fill_model(self.model, config.init_from)
-        images, texts, pairs = (stream is not None for stream in (config.images, config.texts, config.pairs))
-        self.model.backbone.freeze_unreached(**config.reached)
-        self.model.mim_head.requires_grad_(images or pairs)
-        self.model.mlm_head.requires_grad_(texts or pairs)
         self.keep_frozen(visual_tokenizer)
         self._probes = Probes(config.probes, config.model.image_size)
 
@@ -147,16 +181,8 @@ class MaskedDataModeling(Task[MaskedBatch]):
             own = pair_crop if kind == "pairs" else crop
             codes = open_codes(stream, run.data, self.config.visual_tokenizer, own)
             encoders[kind] = self.encoder(kind, training_crop(own, codes), codes)
-        loader: StreamLoader[MaskedBatch] = StreamLoader(
-            {str(kind): stream for kind, stream in streams.items()},
-            encoders,
-            data=run.data,
-            seed=run.seed,
-            rank=rank,
-            world_size=world_size,
-            num_workers=run.loop.num_workers,
-        )
-        return Joined(loader)
+        named = {str(kind): stream for kind, stream in streams.items()}
+        return Joined(StreamLoader.for_run(named, encoders, run, rank, world_size))
 
     def encoder(
         self, kind: Kind, view: Callable[[Image.Image], Views], codes: Mapping[str, CodeTable] | None = None
@@ -172,6 +198,10 @@ class MaskedDataModeling(Task[MaskedBatch]):
             grid=config.model.grid,
             max_text_length=config.max_text_length,
         )
+
+    def prepare_step(self, batches: Sequence[MaskedBatch]) -> Sequence[MaskedBatch]:
+        """Weigh hidden words alike in all batches and ranks of a step, however many of them each has."""
+        return average_words(batches)
 
     def forward(self, batch: MaskedBatch) -> dict[str, Tensor]:
         """Losses and accuracies of all parts of the batch."""
@@ -196,8 +226,10 @@ class MaskedDataModeling(Task[MaskedBatch]):
             values |= _loss_and_accuracy("mim", logits[paired:], codes[paired:])
         if packed.text_ids is not None:
             logits = self.model.mlm_head(states.text[batch.word_rows])
-            values |= _loss_and_accuracy("pair_mlm", logits[: batch.pair_words], batch.words[: batch.pair_words])
-            values |= _loss_and_accuracy("mlm", logits[batch.pair_words :], batch.words[batch.pair_words :])
+            own, pairs = batch.words, batch.pair_words
+            means = batch.mean_words or (None, None)
+            values |= _loss_and_accuracy("pair_mlm", logits[:pairs], own[:pairs], means[0])
+            values |= _loss_and_accuracy("mlm", logits[pairs:], own[pairs:], means[1])
         weights = {
             "mim_loss": self.config.image_weight,
             "mlm_loss": self.config.text_weight,
@@ -288,11 +320,12 @@ class MaskedDataModeling(Task[MaskedBatch]):
         return {**means, "commonest_code": float(codes.bincount().max()) / len(codes), **probed}
 
 
-def _loss_and_accuracy(name: str, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    """Mean loss and accuracy over one part's hidden positions; nothing for an empty part."""
+def _loss_and_accuracy(name: str, logits: Tensor, targets: Tensor, expected: float | None = None) -> dict[str, Tensor]:
+    """Loss (the mean, or the sum over `expected`) and accuracy of one part's hidden positions; nothing if empty."""
     if not targets.numel():
         return {}
     real = (targets != IGNORE).sum().clamp_min(1)
-    loss = F.cross_entropy(logits.float(), targets, ignore_index=IGNORE, reduction="sum") / real
+    loss = F.cross_entropy(logits.float(), targets, ignore_index=IGNORE, reduction="sum")
+    loss = loss / (real if expected is None else max(expected, 1.0))
     accuracy = (logits.detach().argmax(-1) == targets).sum() / real
     return {f"{name}_loss": loss, f"{name}_accuracy": accuracy}

@@ -29,6 +29,8 @@ from beit3.data.visual_codes import CodeTable, open_codes
 from beit3.model.attention import plan_attention
 from beit3.model.embeddings import cut_patches
 from beit3.model.flops import forward_flops
+from beit3.model.heads import CODEBOOK_SIZE
+from beit3.model.memory import BatchSizes, Head, Pass, Sequences, tokenizer_pass
 from beit3.model.multiway import MultiwayBlock
 from beit3.model.presets import ModelConfig
 from beit3.model.transformer import MultiwayTransformer, PackedOutput, init_sub_ln
@@ -75,6 +77,24 @@ class MaskedImageModelingConfig(TaskConfig):
             require(self.visual_tokenizer is not None, "target 'codes' needs visual_tokenizer")
         else:
             require(not self.images.recorded, "target 'pixels' reads no codes: leave `codes` of the sources out")
+
+    @property
+    def sizes(self) -> BatchSizes:
+        """A batch."""
+        model, images = self.model, self.images.batch_size
+        outputs = CODEBOOK_SIZE if self.target == "codes" else 3 * model.patch_size**2
+        head = Head(images * self.mask.num_patches(model.grid), model.width, outputs)
+        side = self.crop.tokenizer_size or self.crop.size
+        tokenizer = tokenizer_pass(0 if self.images.recorded else images, model.grid, side)
+        more_layers = 0 if self.early_layer is None else self.aggregation_layers
+        return BatchSizes(
+            build=lambda: MaskedImageModel(self, outputs),
+            passes=(Pass(model, (Sequences(images, 1 + model.num_patches),), more_layers),),
+            heads=(head, head) if more_layers else (head,),
+            images=images,
+            side=self.crop.size,
+            tokenizer=tokenizer if self.target == "codes" else None,
+        )
 
     def build(self) -> MaskedImageModeling:
         """Build the Task with random weights."""
@@ -153,15 +173,8 @@ class MaskedImageModeling(Task[MaskedBatch]):
         codes: dict[str, CodeTable] = {}
         if config.visual_tokenizer is not None:
             codes = open_codes(config.images, run.data, config.visual_tokenizer, config.crop)
-        loader: StreamLoader[MaskedBatch] = StreamLoader(
-            {"images": config.images},
-            {"images": self._encoder(training_crop(config.crop, codes), codes)},
-            data=run.data,
-            seed=run.seed,
-            rank=rank,
-            world_size=world_size,
-            num_workers=run.loop.num_workers,
-        )
+        encoder = self._encoder(training_crop(config.crop, codes), codes)
+        loader = StreamLoader.for_run({"images": config.images}, {"images": encoder}, run, rank, world_size)
         return OneStream(loader, "images")
 
     def forward(self, batch: MaskedBatch) -> dict[str, Tensor]:

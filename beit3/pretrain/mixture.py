@@ -26,6 +26,7 @@ from beit3.data.preprocess import Preprocess
 from beit3.metrics.retrieval import dual_recall
 from beit3.model.flops import forward_flops
 from beit3.model.heads import RetrievalModel, SuperClassModel, WordHead
+from beit3.model.memory import BatchSizes, Head, Sequences
 from beit3.model.packing import Layout, PackedBatch, concat
 from beit3.model.transformer import PackedOutput
 from beit3.pretrain.contrastive_loss import contrastive_loss
@@ -80,6 +81,35 @@ class MixtureConfig(MaskedDataModelingConfig):
         images = reached["images"] or contrastive or self.objective.superclass > 0
         return {**reached, "images": images, "texts": reached["texts"] or contrastive}
 
+    @property
+    def sizes(self) -> BatchSizes:
+        """A batch, with the clean pictures of its pairs and, for the contrastive loss, the clean captions."""
+        sizes: BatchSizes = MaskedDataModelingConfig.sizes.__get__(self)
+        pairs = 0 if self.pairs is None else self.pairs.batch_size
+        contrastive = pairs if self.objective.contrastive else 0
+        (joint,) = sizes.passes
+        clean = (
+            Sequences(pairs, 1 + self.model.num_patches),
+            Sequences(contrastive, text=self.max_text_length // 2),
+        )
+        words = Head(pairs if self.objective.superclass else 0, self.model.width, self.model.vocab_size)
+        return dataclasses.replace(
+            sizes,
+            build=self.networks,
+            passes=(dataclasses.replace(joint, sequences=joint.sequences + clean),),
+            heads=(*sizes.heads, words),
+            gathered=2 * contrastive * self.model.width,
+        )
+
+    def networks(self) -> nn.ModuleDict:
+        """What is trained, with random weights."""
+        heads: dict[str, nn.Module] = {}
+        if self.objective.superclass:
+            heads["word_head"] = WordHead(self.model.width, self.model.vocab_size)
+        if self.objective.contrastive:
+            heads["dual"] = DualHeads(self.model.width)
+        return nn.ModuleDict({"model": self.network(), **heads})
+
     def build(self) -> Mixture:
         """Build the Task with random or given weights."""
         return Mixture(self)
@@ -120,10 +150,11 @@ class Mixture(MaskedDataModeling):
         self.criterion = SubwordLoss(size, "softmax", config.idf) if config.objective.superclass else None
         self.dual = DualHeads(width) if config.objective.contrastive else None
 
-    def prepare_step(self, batches: Sequence[MaskedBatch]) -> None:
+    def prepare_step(self, batches: Sequence[MaskedBatch]) -> Sequence[MaskedBatch]:
         """Count the captions of the whole step before any of them is weighted."""
         if self.criterion is not None:
             self.criterion.count([self.words(batch) for batch in batches])
+        return super().prepare_step(batches)
 
     def forward(self, batch: MaskedBatch) -> dict[str, Tensor]:
         """The weighted sum and all parts."""

@@ -32,7 +32,7 @@ from beit3.errors import BadSampleError
 from beit3.metrics.retrieval import dual_recall
 from beit3.metrics.zero_shot import class_vectors, zero_shot_accuracy
 from beit3.model.heads import ContrastiveLoss, RetrievalModel
-from beit3.model.packing import PackedBatch
+from beit3.model.packing import PackedBatch, concat
 from beit3.pretrain.contrastive_loss import contrastive_loss, sigmoid_loss
 from beit3.tokenizer.text import TextTokenizer
 from beit3.train.task import Loader, OneStream, Task
@@ -119,10 +119,11 @@ class PairEncoder:
             raise BadSampleError("missing_image", sample.key)
         image = self._view(decode_image(sample.image))
         text = caption = clean_text(sample.text)
-        keywords = sample.meta.get("keywords")
+        found = sample.meta.get("keywords")
+        keywords: list[object] = found if isinstance(found, list) else []
         if self._training and keywords and random.random() < self._config.keyword_texts:
             chosen = random.sample(keywords, random.randint(1, len(keywords)))
-            text = f"{caption}: {', '.join(map(str, chosen))}"
+            text = clean_text(f"{caption}: {', '.join(map(str, chosen))}")
         digest = hashlib.sha256(caption.encode()).digest()
         ids = self._tokenizer.encode(text, self._config.max_text_length)
         return _Encoded(image, ids, int.from_bytes(digest[:7], "big"))
@@ -142,6 +143,13 @@ class PairEncoder:
             text_lengths=tuple(len(sample.ids) for sample in samples),
         )
         return PairBatch(packed, torch.tensor([sample.caption for sample in samples]))
+
+    def join(self, units: list[PairBatch]) -> PairBatch:
+        """Lay units one behind the other; each has its own texts shortest first."""
+        kept = [unit.packed.kept_patches for unit in units if unit.packed.kept_patches is not None]
+        packed = concat([unit.packed for unit in units])
+        packed = dataclasses.replace(packed, kept_patches=torch.cat(kept) if kept else None)
+        return PairBatch(packed, torch.cat([unit.captions for unit in units]))
 
 
 C = TypeVar("C", bound=PairConfig)
@@ -194,15 +202,7 @@ class PairTask(Task[PairBatch], ABC, Generic[C]):
         """Endless batches of pairs."""
         crop = RandomCrop(self.config.crop)
         encoder = PairEncoder(self.config, self.text_tokenizer, lambda image: crop(image).image, training=True)
-        loader: StreamLoader[PairBatch] = StreamLoader(
-            {"pairs": self.config.pairs},
-            {"pairs": encoder},
-            data=run.data,
-            seed=run.seed,
-            rank=rank,
-            world_size=world_size,
-            num_workers=run.loop.num_workers,
-        )
+        loader = StreamLoader.for_run({"pairs": self.config.pairs}, {"pairs": encoder}, run, rank, world_size)
         return OneStream(loader, "pairs")
 
     def move(self, batch: Any, device: torch.device) -> Any:

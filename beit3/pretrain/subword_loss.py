@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal, get_args
 
 import torch
@@ -53,6 +54,13 @@ def join_words(captions: Sequence[Sequence[int]]) -> Words:
     ids = torch.tensor([word for caption in unique for word in caption], dtype=torch.int64)
     rows = torch.tensor([row for row, caption in enumerate(unique) for _ in caption], dtype=torch.int64)
     return Words(ids, rows, len(unique))
+
+
+def concat_words(parts: Sequence[Words]) -> Words:
+    """Lay the words of several sets of images one behind the other."""
+    starts = accumulate((part.num_images for part in parts), initial=0)
+    rows = [part.rows + start for part, start in zip(parts, starts, strict=False)]  # the last start is the end
+    return Words(torch.cat([part.ids for part in parts]), torch.cat(rows), sum(part.num_images for part in parts))
 
 
 class SubwordLoss(nn.Module):

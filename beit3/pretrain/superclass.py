@@ -27,11 +27,12 @@ from beit3.metrics.zero_shot import token_zero_shot
 from beit3.model.flops import forward_flops
 from beit3.model.heads import SuperClassModel
 from beit3.model.hub import local_path
+from beit3.model.memory import BatchSizes, Head, Pass, Sequences
 from beit3.model.packing import Layout
 from beit3.model.presets import ModelConfig
 from beit3.model.store import fill_model
 from beit3.pretrain.probe import ProbeConfig, Probes
-from beit3.pretrain.subword_loss import LossKind, SubwordLoss, Words, join_words
+from beit3.pretrain.subword_loss import LossKind, SubwordLoss, Words, concat_words, join_words
 from beit3.tokenizer.subwords import Subwords, WordList, load_subwords
 from beit3.train.task import Loader, OneStream, Task, Work
 
@@ -66,6 +67,26 @@ class SuperClassConfig(TaskConfig):
             f"crop.size ({self.crop.size}) must be the model's image_size {self.model.image_size}",
         )
 
+    @property
+    def sizes(self) -> BatchSizes:
+        """A batch; a vocabulary that is not CLIP's is taken to be as large as the model's."""
+        model, images = self.model, self.pairs.batch_size
+        num_words = 49_408 if self.vocabulary.name.startswith("bpe_simple_vocab") else model.vocab_size
+        return BatchSizes(
+            build=lambda: self.network(num_words),
+            passes=(Pass(model, (Sequences(images, 1 + model.num_patches),)),),
+            heads=(Head(images, model.width, num_words),),
+            images=images,
+            side=self.crop.size,
+        )
+
+    def network(self, num_words: int) -> SuperClassModel:
+        """What is trained, with random weights; what no picture reaches is frozen."""
+        model = SuperClassModel(self.model, num_words=num_words)
+        model.backbone.freeze_unreached(images=True, texts=False, pairs=False)
+        model.backbone.vision_embedding.mask_token.requires_grad_(False)  # nothing is hidden
+        return model
+
     def build(self) -> SuperClass:
         """Build the Task, with random or given weights."""
         return SuperClass(self)
@@ -97,6 +118,10 @@ class WordsEncoder:
         """Lay pictures side by side, and their words one after the other."""
         return WordsBatch(torch.stack([image for image, _ in samples]), join_words([words for _, words in samples]))
 
+    def join(self, units: list[WordsBatch]) -> WordsBatch:
+        """Lay units one behind the other."""
+        return WordsBatch(torch.cat([unit.images for unit in units]), concat_words([unit.words for unit in units]))
+
 
 class SuperClass(Task[WordsBatch]):
     """Name the subwords of a picture's caption."""
@@ -105,11 +130,9 @@ class SuperClass(Task[WordsBatch]):
         super().__init__()
         self.config = config
         self.subwords = load_subwords(config.vocabulary, config.lower_case)
-        self.model = SuperClassModel(config.model, num_words=len(self.subwords))
+        self.model = config.network(len(self.subwords))
         if config.init_from is not None:
             fill_model(self.model, config.init_from)
-        self.model.backbone.freeze_unreached(images=True, texts=False, pairs=False)
-        self.model.backbone.vision_embedding.mask_token.requires_grad_(False)  # nothing is hidden
         self.criterion = SubwordLoss(len(self.subwords), config.loss, config.idf)
         if config.init_from is not None and (words := WordList.of_same(local_path(config.init_from), self.subwords)):
             self.criterion.start_from(words)
@@ -119,20 +142,13 @@ class SuperClass(Task[WordsBatch]):
         """Endless batches of pictures and words."""
         crop = RandomCrop(self.config.crop)
         encoder = WordsEncoder(self.subwords, lambda image: crop(image).image)
-        loader: StreamLoader[WordsBatch] = StreamLoader(
-            {"pairs": self.config.pairs},
-            {"pairs": encoder},
-            data=run.data,
-            seed=run.seed,
-            rank=rank,
-            world_size=world_size,
-            num_workers=run.loop.num_workers,
-        )
+        loader = StreamLoader.for_run({"pairs": self.config.pairs}, {"pairs": encoder}, run, rank, world_size)
         return OneStream(loader, "pairs")
 
-    def prepare_step(self, batches: Sequence[WordsBatch]) -> None:
+    def prepare_step(self, batches: Sequence[WordsBatch]) -> Sequence[WordsBatch]:
         """Count the captions of the whole step before any of them is weighted."""
         self.criterion.count([batch.words for batch in batches])
+        return batches
 
     def forward(self, batch: WordsBatch) -> dict[str, Tensor]:
         """Loss, and the share of pictures whose likeliest word is in their caption."""

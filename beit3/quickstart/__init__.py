@@ -41,8 +41,9 @@ from beit3.recipes import load_recipe
 from beit3.tokenizer.teachers import build_teacher, read_teacher
 from beit3.tokenizer.vqkd import VQKD
 from beit3.tokenizer_page import show_codebook, show_similarity, show_training
+from beit3.train.folder import EXPORT
 from beit3.train.log import read_log
-from beit3.train.loop import EXPORT, fit
+from beit3.train.loop import fit
 from beit3.train.report import Report
 
 _console = Console(stderr=True)

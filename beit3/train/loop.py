@@ -5,12 +5,15 @@ fit(run)            a `Run` in, metrics out; works alone or under torchrun
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import random
-import shutil
 import signal
+import statistics
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,33 +22,19 @@ import numpy as np
 import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from beit3.config import Run, differences, to_plain, with_defaults
-from beit3.errors import ConfigError, DivergedError, PreemptedError
-from beit3.train.checkpoint import (
-    clean_leftovers,
-    delete_newer,
-    latest_checkpoint,
-    list_checkpoints,
-    load_checkpoint,
-    save_checkpoint,
-)
-from beit3.train.distributed import Ranks, join_ranks
+from beit3.config import Run, nearest, to_plain
+from beit3.errors import BeitError, ConfigError, DivergedError, PreemptedError
+from beit3.train.checkpoint import Checkpoints, Kept, clean_leftovers, delete_newer, list_checkpoints
+from beit3.train.distributed import Ranks, join_ranks, refuse_differences
+from beit3.train.folder import CHECKPOINTS, EXPORT, PREEMPTED, fixed_hash, open_folder, write_preempted, write_record
 from beit3.train.log import RunLog
-from beit3.train.optim import Schedule, build_optimizer, clip_and_measure
+from beit3.train.optim import Schedule, build_optimizer
+from beit3.train.sharding import clip_and_measure, divide, gradients_stay, is_divided, whole_state
 from beit3.train.speed import choose_precision, matmul_ceiling
 from beit3.train.task import Loader, Task, Work
-
-RUN_FILE = "run.json"
-EXPORT = "export"
-_FREE_TO_CHANGE = {"out", "resume", "overwrite", "device", "loop.log_every", "loop.eval_every", "loop.save_every"} | {
-    "loop.keep",
-    "loop.max_seconds",
-    "data",
-}
-"""Fields that may differ when a run is resumed: they do not decide the result."""
+from beit3.train.watch import BAD_STEPS, LossWatch, check_budget, is_out_of_memory, record_bad_step, shapes_of
 
 
 @dataclass
@@ -56,6 +45,15 @@ class Progress:
     seconds: float = 0.0
     bad_steps: int = 0
     """Steps in a row that were skipped for NaN or infinity."""
+    best: float | None = None
+    """Best value so far of the metric of `loop.keep_best`, of which more is better."""
+    best_step: int | None = None
+    losses: LossWatch = field(default_factory=LossWatch)
+
+    @classmethod
+    def of(cls, saved: dict[str, Any]) -> Progress:
+        """Rebuild from `dataclasses.asdict`."""
+        return cls(**{**saved, "losses": LossWatch(**saved.get("losses", {}))})
 
 
 @dataclass
@@ -84,28 +82,38 @@ class Trainer:
     ranks: Ranks
     task: Task[Any]
     model: nn.Module
-    """The Task, under DistributedDataParallel if there are several ranks."""
+    """The Task as it lies over the ranks: what is called."""
     ema: ModelEmaV3 | None
     optimizer: Optimizer
     schedule: Schedule
     loader: Loader[Any]
+    checkpoints: Checkpoints
     progress: Progress
     dtype: torch.dtype
     ceiling: float
     """Measured matrix-product FLOP/s, the denominator of MFU."""
+    saved: float = 0.0
+    """Seconds of training at the last checkpoint."""
 
     @property
     def state(self) -> nn.Module:
         """The modules a checkpoint holds."""
         return nn.ModuleDict({"task": self.task, **({"ema": self.ema} if self.ema is not None else {})})
 
-    @property
-    def evaluated(self) -> Task[Any]:
-        """The Task that is evaluated and exported: the moving average where there is one."""
-        if self.ema is None:
-            return self.task
-        averaged: Task[Any] = self.ema.module
-        return averaged
+    def whole(self) -> Task[Any] | None:
+        """The Task to evaluate and export: the moving average where there is one, with all its weights.
+
+        All ranks take part; where weights are divided, rank 0 gets a copy of its own and the others None.
+        """
+        task: Task[Any] = self.task if self.ema is None else self.ema.module
+        if not is_divided(task):
+            return task
+        state = whole_state(task)
+        if not self.ranks.is_main:
+            return None
+        copy: Task[Any] = self.run.task.in_folder(self.run.data).build()
+        copy.load_state_dict(state)
+        return copy.to(self.ranks.device)
 
 
 def fit(run: Run) -> dict[str, float]:
@@ -120,28 +128,29 @@ def fit(run: Run) -> dict[str, float]:
     Raises:
         ConfigError: the run contradicts its folder or the data.
         DataMissingError: something it needs does not exist.
+        BadDataError: too many samples cannot be used.
         DivergedError: too many steps in a row were not finite.
+        RankLostError: another process of the run ended or hangs.
         PreemptedError: asked to stop; the state is saved.
     """
-    with join_ranks(run.device) as ranks, _stop_signals() as stop:
-        _open_folder(run, ranks)
-        trainer = _build(run, ranks)
-        record = run.folder / RUN_FILE  # written once the run could be built: one that could not has not started
-        if ranks.is_main and not record.exists():
-            record.write_text(json.dumps(to_plain(run), indent=1) + "\n")
-        checkpoints = run.folder / "checkpoints"
-        if run.resume:
-            _resume(trainer)
-        with RunLog(run.folder, run.name, run.loop.steps, trainer.progress.step, ranks.is_main) as log:
-            _train(trainer, log, stop)
-            _save(trainer)  # first: an evaluation that fails costs no training
-            metrics = _evaluate(trainer, log)
-        if ranks.is_main:
-            trainer.evaluated.save(run.folder / EXPORT)
-            (run.folder / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
-            clean_leftovers(checkpoints)
-        ranks.barrier()
-        return metrics
+    with join_ranks(run.device, run.mesh.timeout) as ranks, _stop_signals() as stop:
+        refuse_differences(ranks, json.loads(json.dumps(to_plain(run))))
+        with open_folder(run, ranks):
+            trainer = _build(run, ranks)
+            if ranks.is_main:
+                write_record(run)  # once the run could be built: one that could not has not started
+            if run.resume:
+                _resume(trainer)
+            try:
+                with RunLog(run.folder, run.name, run.loop.steps, trainer.progress.step, ranks.is_main) as log:
+                    _train(trainer, log, stop)
+                    _save(trainer, log, wait=True)  # first: an evaluation that fails costs no training
+                    metrics = _evaluate(trainer, log)
+                _export(trainer, metrics)
+            except BeitError:
+                trainer.checkpoints.finish()
+                raise
+            return metrics
 
 
 def _build(run: Run, ranks: Ranks) -> Trainer:
@@ -156,10 +165,9 @@ def _build(run: Run, ranks: Ranks) -> Trainer:
     loader = task.train_loader(run, ranks.rank, ranks.world_size)
     if run.loop.compile:
         task.compile()
-    model: nn.Module = task
-    if ranks.world_size > 1:
-        device_ids = [ranks.device] if ranks.device.type == "cuda" else None
-        model = DistributedDataParallel(task, device_ids=device_ids, broadcast_buffers=False)
+    model = divide(task, run.mesh, ranks, dtype)
+    if ema is not None and is_divided(task):
+        divide(ema.module, run.mesh, ranks, dtype)
     optimizer = build_optimizer(task, run.optim)
     ceiling = matmul_ceiling(ranks.device, dtype)
     _seed(run.seed + 1000 * ranks.rank + 1)
@@ -172,6 +180,7 @@ def _build(run: Run, ranks: Ranks) -> Trainer:
         optimizer=optimizer,
         schedule=Schedule(optimizer, run.optim, run.loop.steps),
         loader=loader,
+        checkpoints=Checkpoints(run.folder / CHECKPOINTS, ranks, fixed_hash(run)),
         progress=Progress(),
         dtype=dtype,
         ceiling=ceiling,
@@ -179,54 +188,51 @@ def _build(run: Run, ranks: Ranks) -> Trainer:
 
 
 def _train(trainer: Trainer, log: RunLog, stop: list[int]) -> None:
-    run, progress = trainer.run, trainer.progress
+    run, progress, ranks = trainer.run, trainer.progress, trainer.ranks
     trainer.model.train()
     batches = iter(trainer.loader)
     meters = Meters()
-    while _share_done(trainer) < 1:
+    done = _share_done(trainer) >= 1
+    while not done:
         started = _now()
         trainer.schedule.set(_share_done(trainer))
-        norm = _step(trainer, batches, meters)
+        norm = _step(trainer, batches, meters, log)
         progress.step += 1
-        seconds, stopping = trainer.ranks.agree(progress.seconds + _now() - started, float(len(stop)))
-        progress.seconds = seconds
+        ranks.report(progress.step)
+        progress.seconds, stopping = ranks.agree(progress.seconds + _now() - started, float(len(stop)))
         log.step(progress.step)
-        if progress.step % run.loop.log_every == 0 or _share_done(trainer) >= 1:
-            values = _summary(trainer, meters, norm)
-            log.record(progress.step, values)
-            for text in trainer.task.alarms(values):
-                log.alarm(progress.step, text)
-            meters = Meters()
+        _tell_failure(trainer, log)
         done = _share_done(trainer) >= 1
+        if progress.step % run.loop.log_every == 0 or done:
+            _log(trainer, log, meters, norm)
+            meters = Meters()
+        best = False
         if run.loop.eval_every and progress.step % run.loop.eval_every == 0 and not done:
-            _evaluate(trainer, log)
+            best = _is_best(trainer, _evaluate(trainer, log))
             meters.started = time.perf_counter()
-        if progress.step % run.loop.save_every == 0 or stopping:
-            _save(trainer)
         if stopping and not done:
-            (run.folder / "preempted").write_text(f"{progress.step}\n")
+            _save(trainer, log, wait=True)
+            write_preempted(run, ranks, progress.step)
             raise PreemptedError(f"stopped at step {progress.step}, state saved in {run.folder}: go on with --resume")
+        if best or _is_due(trainer):
+            _save(trainer, log)
 
 
-def _step(trainer: Trainer, batches: Iterator[Any], meters: Meters) -> float:
+def _step(trainer: Trainer, batches: Iterator[Any], meters: Meters, log: RunLog) -> float:
     """One optimizer step over `accumulate` batches; a step that is not finite changes nothing."""
-    run, ranks, progress = trainer.run, trainer.ranks, trainer.progress
-    finite = True
-    window = [next(batches) for _ in range(run.loop.accumulate)]
-    trainer.task.prepare_step(window)
-    for index, drawn in enumerate(window):
-        batch = trainer.task.move(drawn, ranks.device)
-        last = index == run.loop.accumulate - 1
-        with _no_sync(trainer.model, last), _autocast(trainer):
-            values = trainer.model(batch)
-            loss = values["loss"] / run.loop.accumulate
-        loss.backward()
-        finite = finite and bool(torch.isfinite(loss.detach()))
-        meters.add(values, trainer.task.work(batch))
-    norm = float(clip_and_measure(trainer.task, run.optim.clip_grad))
-    (bad,) = ranks.agree(float(not finite or not np.isfinite(norm)))
+    run, progress = trainer.run, trainer.progress
+    window: list[Any] = []
+    keys: list[str] = []
+    for _ in range(run.loop.accumulate):
+        window.append(next(batches))
+        keys += trainer.loader.keys
+    losses = _add_gradients(trainer, trainer.task.prepare_step(window), meters)
+    norm = clip_and_measure(trainer.task, run.optim.clip_grad)
+    values = torch.stack(losses).tolist()
+    (bad,) = trainer.ranks.agree(float(not np.isfinite([*values, norm]).all()))
     if bad:
-        _skip_step(trainer)
+        record_bad_step(run.folder, progress.step + 1, trainer.ranks.rank, values, norm, keys)
+        _skip_step(trainer, log, values, norm)
     else:
         progress.bad_steps = 0
         trainer.optimizer.step()
@@ -236,10 +242,35 @@ def _step(trainer: Trainer, batches: Iterator[Any], meters: Meters) -> float:
     return norm
 
 
-def _skip_step(trainer: Trainer) -> None:
+def _add_gradients(trainer: Trainer, window: Sequence[Any], meters: Meters) -> list[Tensor]:
+    """Forward and backward passes of all batches of a step; their losses."""
+    losses: list[Tensor] = []
+    batch: Any = None
+    try:
+        for index, drawn in enumerate(window):
+            batch = trainer.task.move(drawn, trainer.ranks.device)
+            with gradients_stay(trainer.model, index < len(window) - 1), _autocast(trainer):
+                values = trainer.model(batch)
+                loss = values["loss"] / len(window)
+            loss.backward()
+            losses.append(loss.detach().float())
+            meters.add(values, trainer.task.work(batch))
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise BeitError(
+            f"out of memory in step {trainer.progress.step + 1} on rank {trainer.ranks.rank}, with the batch "
+            f"{shapes_of(batch)}: make it smaller, recompute (model.activation_checkpointing), or divide (mesh.shard 0)"
+        ) from error
+    return losses
+
+
+def _skip_step(trainer: Trainer, log: RunLog, losses: list[float], norm: float) -> None:
     """Count a step that was not finite; end the run when there are too many in a row."""
     progress, limit = trainer.progress, trainer.run.loop.max_bad_steps
     progress.bad_steps += 1
+    found = f"losses of rank 0 {losses}, gradient norm {norm:g}"
+    log.alarm(progress.step + 1, f"not finite ({found}): nothing is changed, its samples are in {BAD_STEPS}")
     if progress.bad_steps >= limit:
         raise DivergedError(
             f"loss or gradient was NaN or infinite in {limit} steps in a row up to step {progress.step + 1}: "
@@ -263,14 +294,23 @@ def _share_done(trainer: Trainer) -> float:
     return share if loop.max_seconds is None else max(share, (progress.seconds / loop.max_seconds) ** 2)
 
 
-def _summary(trainer: Trainer, meters: Meters, norm: float) -> dict[str, float]:
-    """Means and rates since the last record; rates are of all ranks, loss parts and skipped samples of this one."""
+def _log(trainer: Trainer, log: RunLog, meters: Meters, norm: float) -> None:
+    """Write a record of all ranks, with what should be heard at once.
+
+    Raises:
+        BadDataError: on all ranks.
+    """
+    own = {name: float(total) / meters.batches for name, total in meters.sums.items()}
+    loader = trainer.loader
+    everyone = trainer.ranks.gather((own, dict(loader.skipped), loader.used))
+    means = {name: statistics.fmean(one[name] for one, _, _ in everyone if name in one) for name in own}
+    skipped: Counter[str] = Counter()
+    for _, reasons, _ in everyone:
+        skipped.update(reasons)
     elapsed = time.perf_counter() - meters.started
     size = trainer.ranks.world_size
-    values = {name: float(total) / meters.batches for name, total in meters.sums.items()}
-    skipped = {f"skipped/{reason}": float(count) for reason, count in trainer.loader.skipped.items()}
-    return {
-        **values,
+    values = {
+        **means,
         "lr": max(group["lr"] for group in trainer.optimizer.param_groups),
         "grad_norm": norm,
         "images_per_second": meters.work.images * size / elapsed,
@@ -279,106 +319,124 @@ def _summary(trainer: Trainer, meters: Meters, norm: float) -> dict[str, float]:
         "mfu": meters.work.flops / elapsed / trainer.ceiling,
         "seconds": trainer.progress.seconds,
         "bad_steps": float(trainer.progress.bad_steps),
-        **skipped,
+        **{f"skipped/{reason}": float(count) for reason, count in skipped.items()},
     }
+    step = trainer.progress.step
+    log.record(step, values)
+    spike = trainer.progress.losses.spike(values["loss"])
+    for text in (*trainer.task.alarms(values), *([spike] if spike else [])):
+        log.alarm(step, text)
+    check_budget(skipped, sum(used for _, _, used in everyone), trainer.run.loop.max_bad_fraction)
 
 
 def _evaluate(trainer: Trainer, log: RunLog) -> dict[str, float]:
     """Evaluate on rank 0, without touching the random numbers of training."""
     metrics: dict[str, float] = {}
-    if trainer.ranks.is_main and (batches := trainer.task.eval_loader(trainer.run)) is not None:
-        task, device = trainer.evaluated, trainer.ranks.device
-        task.eval()
-        outer = random.getstate(), np.random.get_state()
-        with torch.random.fork_rng(), torch.no_grad(), _autocast(trainer):
-            metrics = task.evaluate(trainer.task.move(batch, device) for batch in batches)
-        random.setstate(outer[0])
-        np.random.set_state(outer[1])
-        log.record(trainer.progress.step, metrics, event="eval")
-        trainer.model.train()
+    with _same_randomness(trainer.ranks.device):
+        task = trainer.whole()
+        if trainer.ranks.is_main and task is not None and (batches := task.eval_loader(trainer.run)) is not None:
+            task.eval()
+            with torch.no_grad(), _autocast(trainer):
+                metrics = task.evaluate(task.move(batch, trainer.ranks.device) for batch in batches)
+            log.record(trainer.progress.step, metrics, event="eval")
+            trainer.model.train()
     trainer.ranks.barrier()
     return metrics
 
 
-def _save(trainer: Trainer) -> None:
-    run = trainer.run
+def _is_best(trainer: Trainer, metrics: dict[str, float]) -> bool:
+    """Whether the metric of `loop.keep_best` was never better; the same on all ranks.
+
+    Raises:
+        ConfigError: it is none of the evaluation's.
+    """
+    name, progress, main = trainer.run.loop.keep_best, trainer.progress, trainer.ranks.is_main
+    if name is None:
+        return False
+    key = name.removeprefix("-")
+    value = metrics.get(key, math.nan) * (-1 if name.startswith("-") else 1)
+    unknown, value = trainer.ranks.agree(float(main and key not in metrics), value if main else -math.inf)
+    if unknown:
+        raise ConfigError(f"loop.keep_best '{key}' is no metric of this evaluation; {nearest(key, metrics)}")
+    if progress.best is not None and not value > progress.best:
+        return False
+    progress.best, progress.best_step = value, progress.step
+    return True
+
+
+def _is_due(trainer: Trainer) -> bool:
+    """Whether steps or time since the last checkpoint ask for the next."""
+    loop, progress = trainer.run.loop, trainer.progress
+    waited = progress.seconds - trainer.saved
+    return progress.step % loop.save_every == 0 or (loop.save_minutes is not None and waited >= 60 * loop.save_minutes)
+
+
+def _save(trainer: Trainer, log: RunLog, wait: bool = False) -> None:
+    """Save beside training, or to the end; a save that failed is told, and what was saved before stays."""
+    run, progress = trainer.run, trainer.progress
+    trainer.saved = progress.seconds
     extra = {
-        "progress": vars(trainer.progress).copy(),
+        "progress": dataclasses.asdict(progress),
         "loader": trainer.loader.state_dict(),
         "dtype": str(trainer.dtype),
     }
-    save_checkpoint(
-        run.folder / "checkpoints",
-        trainer.progress.step,
-        trainer.state,
-        trainer.optimizer,
-        extra,
-        trainer.ranks,
-        run.loop.keep,
-    )
+    kept = Kept(last=run.loop.keep, every=run.loop.keep_every, best=progress.best_step)
+    trainer.checkpoints.save(progress.step, trainer.state, trainer.optimizer, extra, kept)
+    if wait:
+        _tell_failure(trainer, log)  # of an earlier save
+        trainer.checkpoints.finish()
+        if failure := _tell_failure(trainer, log):
+            raise BeitError(f"{failure}; make room, and go on with --resume")
+
+
+def _tell_failure(trainer: Trainer, log: RunLog) -> str | None:
+    """Say that a save failed, as soon as it is known."""
+    failure = trainer.checkpoints.take_failure()
+    if failure:
+        log.alarm(trainer.progress.step, failure)
+    return failure
+
+
+def _export(trainer: Trainer, metrics: dict[str, float]) -> None:
+    """Write the exchange folder and the last metrics."""
+    folder = trainer.run.folder
+    task = trainer.whole()
+    if trainer.ranks.is_main and task is not None:
+        task.save(folder / EXPORT)
+        (folder / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+        clean_leftovers(folder / CHECKPOINTS)
+    trainer.ranks.barrier()
 
 
 def _resume(trainer: Trainer) -> None:
     """Go to the newest valid checkpoint; without one the run starts at step 0."""
-    folder = trainer.run.folder / "checkpoints"
-    if trainer.ranks.is_main:
+    run, ranks = trainer.run, trainer.ranks
+    folder = run.folder / CHECKPOINTS
+    if ranks.is_main:
         clean_leftovers(folder)
-        (trainer.run.folder / "preempted").unlink(missing_ok=True)
-    trainer.ranks.barrier()
-    path = latest_checkpoint(folder)
+        (run.folder / PREEMPTED).unlink(missing_ok=True)
+    ranks.barrier()
+    path = trainer.checkpoints.newest()
     if path is None and list_checkpoints(folder):
         raise ConfigError(f"no checkpoint in {folder} is whole: restore one, or start again with --overwrite")
-    trainer.ranks.barrier()
     if path is None:
         return
-    if trainer.ranks.is_main:
-        delete_newer(path)
-    extra = load_checkpoint(path, trainer.state, trainer.optimizer, trainer.ranks)
-    trainer.progress = Progress(**extra["progress"])
-    trainer.loader.load_state_dict(extra["loader"])
-    trainer.dtype = {"torch.float32": torch.float32, "torch.bfloat16": torch.bfloat16}[extra["dtype"]]
-
-
-def _open_folder(run: Run, ranks: Ranks) -> None:
-    """Make the run's folder, or check that it belongs to this run; all ranks end if it does not."""
-    refused: ConfigError | None = None
     if ranks.is_main:
-        try:
-            _claim_folder(run)
-        except ConfigError as error:
-            refused = error
-    (failed,) = ranks.agree(float(refused is not None))
-    if failed:
-        raise refused or ConfigError("rank 0 refused to start: see its message")
-
-
-def _claim_folder(run: Run) -> None:
-    record = run.folder / RUN_FILE
-    if run.overwrite and run.folder.exists():
-        shutil.rmtree(run.folder)
-    if record.exists() and not run.resume:
-        raise ConfigError(f"{run.folder} holds an earlier run: use --resume, --overwrite or another --name")
-    if record.exists():
-        stored = with_defaults(json.loads(record.read_text()), run)  # which may be of an earlier version
-        changed = differences(stored, json.loads(json.dumps(to_plain(run))))
-        changed = [name for name in changed if name not in _FREE_TO_CHANGE]
-        if changed:
-            raise ConfigError(f"{run.folder} was started with other values of {', '.join(changed)}: cannot resume")
-    try:
-        run.folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"{run.folder} cannot be written ({error.strerror}): choose another --out") from error
+        delete_newer(path)
+    ranks.barrier()
+    saved = trainer.checkpoints.restore(path, trainer.state, trainer.optimizer)
+    trainer.progress = Progress.of(saved[0]["progress"])
+    trainer.saved = trainer.progress.seconds
+    trainer.dtype = {"torch.float32": torch.float32, "torch.bfloat16": torch.bfloat16}[saved[0]["dtype"]]
+    trainer.loader.load_state_dict([one["loader"] for one in saved])
+    if len(saved) != ranks.world_size:  # nobody's random numbers are this rank's
+        _seed(run.seed + 1000 * ranks.rank + 1 + 1_000_003 * trainer.progress.step)
 
 
 def _autocast(trainer: Trainer) -> Any:
     if trainer.dtype == torch.float32:
         return nullcontext()
     return torch.autocast(trainer.ranks.device.type, dtype=trainer.dtype)
-
-
-def _no_sync(model: nn.Module, last: bool) -> Any:
-    """Exchange gradients only with the last batch of an accumulated step."""
-    return model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext()
 
 
 def _seed(seed: int) -> None:
@@ -388,8 +446,19 @@ def _seed(seed: int) -> None:
 
 
 @contextmanager
+def _same_randomness(device: torch.device) -> Iterator[None]:
+    """Put the random numbers back where they were."""
+    outer = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
+    random.setstate(outer[0])
+    np.random.set_state(outer[1])
+
+
+@contextmanager
 def _stop_signals() -> Iterator[list[int]]:
-    """Collect SIGTERM and the first SIGINT, so that the loop stops at a step boundary with its state saved."""
+    """Collect SIGTERM, SIGUSR1 (what batch systems send ahead) and the first SIGINT, so that the loop stops at a step
+    boundary with its state saved."""
     received: list[int] = []
 
     def note(number: int, frame: object) -> None:
@@ -398,7 +467,7 @@ def _stop_signals() -> Iterator[list[int]]:
         received.append(number)
 
     try:
-        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     except ValueError:  # not in the main thread: signals stay as they are
         yield received
         return

@@ -94,9 +94,3 @@ class Schedule:
     def set(self, share: float) -> None:
         """Set the learning rates for a share of the run in 0..1."""
         self._scheduler.step_update(min(self._steps - 1, round(share * self._steps)))
-
-
-def clip_and_measure(model: nn.Module, clip: float | None) -> torch.Tensor:
-    """Global gradient norm before clipping to `clip` (None: only measured)."""
-    parameters = [p for p in model.parameters() if p.grad is not None]
-    return torch.nn.utils.clip_grad_norm_(parameters, float("inf") if clip is None else clip)

@@ -124,12 +124,15 @@ class Task(nn.Module, ABC, Generic[B]):
     def train_loader(self, run: Run, rank: int, world_size: int) -> Loader[B]:
         """The endless batches of this rank; everything it needs (caches, tokenizers) is prepared here."""
 
-    def prepare_step(self, batches: Sequence[B]) -> None:
+    def prepare_step(self, batches: Sequence[B]) -> Sequence[B]:
         """Look at all batches of an optimizer step of this rank, on the CPU, before the first of them is computed.
 
         For what must be known of the whole step, such as document counts; every rank comes here once a step.
+
+        Returns:
+            the batches, completed by what they need of it.
         """
-        return
+        return batches
 
     @abstractmethod
     def forward(self, batch: B) -> dict[str, Tensor]:

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,8 +61,7 @@ def subword_step(own: list[slice]) -> dict[str, torch.Tensor]:
 
 def wait_for_a_slow_rank(rank: int) -> bool:
     """Rank 0 evaluates for longer than ranks may wait for each other while they train."""
-    distributed._TIMEOUT = timedelta(seconds=2)
-    with distributed.join_ranks("cpu") as ranks:
+    with distributed.join_ranks("cpu", timeout=2) as ranks:
         if rank == 0:
             time.sleep(4)
         ranks.barrier()
@@ -75,9 +73,9 @@ def train(recipe: str, *more: str) -> dict[str, torch.Tensor]:
     kept: dict[str, torch.Tensor] = {}
     save = loop._save
 
-    def keep_and_save(trainer: loop.Trainer) -> None:
+    def keep_and_save(trainer: loop.Trainer, *rest: Any, **options: Any) -> None:
         kept.update({name: value.clone() for name, value in trainer.task.state_dict().items()})
-        save(trainer)
+        save(trainer, *rest, **options)
 
     loop._save = keep_and_save
     try:

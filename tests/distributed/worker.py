@@ -116,9 +116,9 @@ def train(arguments: list[str]) -> dict[str, Any]:
     kept: dict[str, Any] = {}
     save = loop._save
 
-    def keep_and_save(trainer: loop.Trainer) -> None:
+    def keep_and_save(trainer: loop.Trainer, *rest: Any, **options: Any) -> None:
         kept.update({name: value.clone() for name, value in trainer.task.state_dict().items()})
-        save(trainer)
+        save(trainer, *rest, **options)
 
     loop._save = keep_and_save
     try:

@@ -7,6 +7,7 @@ import os
 import runpy
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +20,12 @@ from torch import Tensor
 import beit3
 from beit3.cli import run_command
 from beit3.data.emoji import load_cells
+from beit3.data.example_loader import evaluation_batches
 from beit3.data.labels import labels_file, read_labels
 from beit3.data.masks import decode_mask
 from beit3.data.preprocess import Preprocess
 from beit3.errors import ConfigError
+from beit3.evaluate import Evaluation, batch_size_of
 from beit3.finetune.common import FinetuneTask
 from beit3.model.build import build_model
 from beit3.model.presets import ModelConfig
@@ -252,6 +255,75 @@ def test_evaluation_of_a_detector_leaves_cocos_figures_and_results(
     assert "out holds another evaluation (flip, scales, soft_nms differ)" in said(capsys)
     evaluate("detector", "--data", index, "--out", "looks", *looks)
     assert Path("looks/submission.json").read_text() != Path("out/submission.json").read_text()
+
+
+def test_soft_suppression_counts_from_a_thousandth_on_and_nothing_found_is_a_result(here: Path) -> None:
+    """Of a detector that is sure of nothing: its scores are 0.03 to 0.04."""
+    model: Any = beit3.load_model("detector")
+    with torch.no_grad():
+        model.roi_heads.stages[0].box_predictor.cls_score.bias[0] += 3  # of the background
+    model.save_pretrained("shy", files={"labels.json": Path("detector/labels.json").read_bytes()})
+    index = Path("data/coco/coco_detection.val.jsonl")
+    evaluate("shy", "--data", index, "--out", "hard")
+    assert json.loads(Path("hard/submission.json").read_text()) == []
+    assert metrics_of("hard")["box_ap"] == metrics_of("hard")["mask_ap"] == 0
+    evaluate("shy", "--data", index, "--out", "soft", "--soft-nms")
+    scores = [row["score"] for row in json.loads(Path("soft/submission.json").read_text())]
+    assert len(scores) == 300
+    assert 0.001 < min(scores) <= max(scores) < 0.05
+
+
+def test_soft_suppression_keeps_what_overlaps(here: Path) -> None:
+    predictor = beit3.load("detector", device="cpu")
+    hard, soft = (
+        predictor.detect(["pictures/0.png"], score_threshold=0.0, max_detections=100_000, soft_nms=soft)[0]
+        for soft in (False, True)
+    )
+    assert len(soft) > 2 * len(hard) > 0
+    assert soft[0].score == hard[0].score
+    assert min(item.score for item in soft) < 0.1 * min(item.score for item in hard)
+
+
+@pytest.mark.parametrize(
+    ("model", "index", "batches"),
+    [
+        ("detector", "data/coco/coco_detection.val.jsonl", [8, 2]),
+        ("segmenter", MAPS, [8, 2]),
+        ("classifier", "data/groups.test.jsonl", [10]),
+    ],
+)
+def test_large_canvases_are_evaluated_a_few_at_a_time(
+    model: str, index: str, batches: list[int], here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = ModelConfig(**SHAPE, **SMALL, final_norm=False)
+    build_model(config, "classification", num_classes=3).save_pretrained("classifier")
+    rows = read_rows(index) * 10
+    rows = [{**row, "image_id": number} for number, row in enumerate(rows[:10])]
+    for row in rows:
+        row |= {name: str(Path(index).parent.resolve() / row[name]) for name in row if name.endswith("_path")}
+    Path("ten.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sizes: list[int] = []
+
+    def watched(examples: Any, collate: Any, **settings: Any) -> Any:
+        def counted(loaded: Any) -> Any:
+            sizes.append(len(loaded))
+            return collate(loaded)
+
+        return evaluation_batches(examples, counted, **settings)
+
+    monkeypatch.setattr("beit3.evaluate.evaluation_batches", watched)
+    evaluate(model, "--data", "ten.jsonl", "--out", "out")
+    assert sizes == batches
+    sizes.clear()
+    evaluate(model, "--data", "ten.jsonl", "--out", "other", "--batch-size", "5")
+    assert sizes == [5, 5]
+
+
+@pytest.mark.parametrize(("ranks", "size"), [(1, 8), (3, 6), (8, 8), (16, 16)])
+def test_every_rank_gets_its_share_of_a_batch_that_nobody_asked_for(ranks: int, size: int) -> None:
+    asked = Evaluation(checkpoint="detector", data=Path("ten.jsonl"))
+    assert batch_size_of(asked, "detection", ranks) == size
+    assert batch_size_of(replace(asked, batch_size=5), "detection", ranks) == 5
 
 
 def test_evaluation_of_a_segmenter_leaves_figures_of_classes_and_pictures(

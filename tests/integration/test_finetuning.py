@@ -159,9 +159,9 @@ from beit3.train import loop
 
 save = loop._save
 
-def keep_and_save(trainer):
+def keep_and_save(trainer, *rest, **options):
     torch.save(trainer.task.state_dict(), f"weights-{os.environ['RANK']}.pt")
-    save(trainer)
+    save(trainer, *rest, **options)
 
 loop._save = keep_and_save
 sys.exit(run_command(sys.argv[1:]))

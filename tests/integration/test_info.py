@@ -16,6 +16,8 @@ from beit3.config import to_plain
 from beit3.tokenizer.official import to_official
 from beit3.tokenizer.teachers import TeacherConfig
 from beit3.tokenizer.vqkd import VQKD, VQKDConfig
+from beit3.train.checkpoint import Checkpoints, Kept, list_checkpoints
+from beit3.train.distributed import Ranks
 
 if TYPE_CHECKING:
     from tests.conftest import Workspace
@@ -42,6 +44,63 @@ def test_it_says_what_each_kind_of_source_holds(
     assert f"{number:,}" in said["model"]
 
 
+def two_checkpoints(run: Path) -> list[Path]:
+    model = torch.nn.Linear(2, 2)
+    checkpoints = Checkpoints(run / "checkpoints", Ranks(0, 1, torch.device("cpu")), run_hash="abc")
+    for step in (4, 8):
+        checkpoints.save(step, model, torch.optim.AdamW(model.parameters()), {}, Kept(last=2))
+    checkpoints.finish()
+    return list_checkpoints(run / "checkpoints")
+
+
+def test_it_verifies_checkpoints_file_by_file(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = two_checkpoints(Path("run"))
+    assert run_command(["info", str(paths[1])]) == 0
+    said = capsys.readouterr().out
+    assert "step 8 of 1 rank" in said
+    assert "every file verifies" in said
+    assert f"beit3 {beit3.__version__}, torch {torch.__version__}" in said
+    assert "abc" in said
+    total = 0
+    for file in paths[1].iterdir():
+        if file.name != "manifest.json":
+            assert re.search(rf"^  {re.escape(file.name)} +{file.stat().st_size:,}$", said, re.MULTILINE), file
+            total += file.stat().st_size
+    assert f"{total:,} bytes in 3 files" in said
+    assert run_command(["info", "run/checkpoints"]) == 0
+    said = capsys.readouterr().out
+    assert "run/checkpoints: 2 checkpoints, --resume takes step-00000008" in said
+    assert said.count("every file verifies") == 2
+
+
+@pytest.mark.parametrize("name", ["rank-0.pt", ".metadata", "manifest.json"])
+@pytest.mark.parametrize("source", ["run/checkpoints", "run/checkpoints/step-00000008"])
+def test_damaged_files_of_checkpoints_are_named(
+    place: Path, capsys: pytest.CaptureFixture[str], source: str, name: str
+) -> None:
+    file = two_checkpoints(Path("run"))[1] / name
+    content = file.read_bytes()
+    for damage in (content[:-1], bytes([content[0] ^ 1]) + content[1:], None):
+        if damage is None:
+            file.unlink()
+        else:
+            file.write_bytes(damage)
+        assert run_command(["info", source]) == 1
+        said = capsys.readouterr()
+        assert said.err == f"beit3: damaged or missing: {file}; --resume takes the newest checkpoint that is whole\n"
+        assert "damaged" in said.out or "missing" in said.out
+        assert ("--resume takes step-00000004" in said.out) == source.endswith("checkpoints")
+
+
+def test_a_model_in_a_folder_named_like_a_checkpoint_is_a_model(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = beit3.create_model("beit3_tiny_patch16_224", num_layers=1, fusion_layers=0)
+    model.save_pretrained(place / "step-00000008")
+    assert run_command(["info", "step-00000008"]) == 0
+    assert "backbone" in capsys.readouterr().out
+
+
 def test_it_reads_a_released_tokenizer(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shape = VQKDConfig(image_size=(32, 32), width=64, depth=1, num_heads=1, codebook_size=9, teacher_width=5)
     torch.save({"model": to_official(VQKD(shape).state_dict())}, "released.pth")
@@ -53,7 +112,7 @@ def test_it_reads_a_released_tokenizer(place: Path, capsys: pytest.CaptureFixtur
     ("arguments", "code", "line"),
     [
         (["nothing"], 3, "nothing does not exist"),
-        (["data"], 2, "data holds no model, tokenizer, prepared data or codes"),
+        (["data"], 2, "data holds no model, tokenizer, prepared data, codes or checkpoints"),
         (["unfinished"], 3, "unfinished is a run that has not finished"),
         (["broken"], 2, "prepare.json is damaged"),
         (["runs/vqkd_emoji", *PAGE[:4], "--number", "0"], 2, "--number must be at least 1"),

@@ -49,6 +49,14 @@ class Reader:
             batch["texts"] = [text for _, _, text in samples]
         return batch
 
+    def join(self, units: list[Batch]) -> Batch:
+        return {
+            name: torch.cat([part for unit in units if isinstance(part := unit[name], Tensor)])
+            if isinstance(first, Tensor)
+            else [text for unit in units for text in unit[name]]
+            for name, first in units[0].items()
+        }
+
 
 def make(data: Path, workers: int) -> StreamLoader[Batch]:
     paths = {"images": "pairs", "texts": "text", "pairs": "pairs"}
@@ -73,7 +81,7 @@ def test_the_embedded_corpus_feeds_three_streams_and_resumes(tmp_path: Path) -> 
     state = loader.state_dict()
     expected = next(iter(loader))
     again = make(tmp_path, 1)
-    again.load_state_dict(state)
+    again.load_state_dict([state])
     restored = next(iter(again))
     for name in ("images", "large", "texts"):
         left, right = restored["pairs"][name], expected["pairs"][name]

@@ -13,6 +13,7 @@ from pycocotools import mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from beit3.errors import ConfigError
 from beit3.metrics.detection import Kind, average_precision
 
 CATEGORIES = [
@@ -24,11 +25,12 @@ CATEGORIES = [
 SIDE = 200
 
 
-def rectangle(box: tuple[int, int, int, int]) -> dict[str, Any]:
-    area = np.zeros((SIDE, SIDE), np.uint8, order="F")
+def ellipse(box: tuple[int, int, int, int]) -> dict[str, Any]:
+    """The mask that fills a box as an ellipse does: its area is three quarters of the box's."""
     left, top, width, height = box
-    area[top : top + height, left : left + width] = 1
-    encoded = mask.encode(area)
+    rows, columns = np.mgrid[:SIDE, :SIDE]
+    down, across = (rows + 0.5 - top) * 2 / height - 1, (columns + 0.5 - left) * 2 / width - 1
+    encoded = mask.encode(np.asfortranarray(down**2 + across**2 <= 1, np.uint8))
     return {"size": encoded["size"], "counts": encoded["counts"].decode()}
 
 
@@ -48,6 +50,7 @@ def make(seed: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     for image in images[:-2]:
         for _ in range(generator.integers(0, 9)):
             left, top, width, height = box = draw_box(generator)
+            shape = ellipse(box)
             category = CATEGORIES[generator.integers(0, 3)]["id"]
             notes.append(
                 {
@@ -55,9 +58,9 @@ def make(seed: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
                     "image_id": image["id"],
                     "category_id": category,
                     "bbox": list(box),
-                    "area": width * height,
+                    "area": int(mask.area(shape)),
                     "iscrowd": int(generator.random() < 0.15),
-                    "segmentation": rectangle(box),
+                    "segmentation": shape,
                 }
             )
             for _ in range(generator.integers(0, 3)):
@@ -80,7 +83,7 @@ def make(seed: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
             "category_id": row["category_id"],
             "score": float(score),
             "bbox": list(row["box"]),
-            "segmentation": rectangle(row["box"]),
+            "segmentation": ellipse(row["box"]),
         }
         for row, score in zip(found, scores, strict=True)
     ]
@@ -88,6 +91,8 @@ def make(seed: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 
 def published(truth: dict[str, Any], found: list[dict[str, Any]], kind: Kind) -> list[float]:
+    """Of masks as they are handed in: a box beside one would be taken for its size."""
+    found = [{name: value for name, value in row.items() if kind == "bbox" or name != "bbox"} for row in found]
     with contextlib.redirect_stdout(io.StringIO()):
         known = COCO()
         known.dataset = copy.deepcopy(truth)
@@ -107,6 +112,7 @@ def test_average_precision_is_that_of_pycocotools(seed: int, kind: Kind) -> None
     wanted = {name: value for name, value in zip(names, published(truth, found, kind), strict=True) if value >= 0}
     measured = average_precision(truth, found, kind)
     assert 0.01 < wanted["ap"] < 0.99
+    assert {"ap_small", "ap_medium"} <= wanted.keys()
     assert {name: measured[name] for name in names if name in measured} == pytest.approx(wanted, abs=1e-9)
 
 
@@ -122,7 +128,7 @@ def test_the_objects_themselves_score_one(kind: Kind) -> None:
 def test_nothing_found_scores_zero_where_pycocotools_does() -> None:
     truth, _ = make(1)
     nowhere = [
-        {"image_id": 111, "category_id": 3, "score": 0.5, "bbox": [0, 0, 1, 1], "segmentation": rectangle((0, 0, 1, 1))}
+        {"image_id": 111, "category_id": 3, "score": 0.5, "bbox": [0, 0, 1, 1], "segmentation": ellipse((0, 0, 1, 1))}
     ]
     wanted = average_precision(truth, nowhere, "bbox")
     assert average_precision(truth, [], "bbox") == wanted
@@ -149,3 +155,16 @@ def test_what_lies_in_a_crowd_is_not_wrong() -> None:
     known = {"images": [image], "annotations": [one, crowd], "categories": truth["categories"]}
     assert average_precision(known, found, "bbox")["ap"] == pytest.approx(1)
     assert average_precision({**known, "annotations": [one]}, found, "bbox")["ap"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("counts", ["zzz~~", "ZZZZ", "PPYo1", "1"])
+def test_run_lengths_that_fill_no_picture_are_refused_not_looped_over(counts: str) -> None:
+    truth, found = make(0)
+    broken = {"size": [SIDE, SIDE], "counts": counts}
+    notes = [{**truth["annotations"][0], "segmentation": broken}, *truth["annotations"][1:]]
+    image = notes[0]["image_id"]
+    with pytest.raises(ConfigError, match=f"a mask of image {image} is broken"):
+        average_precision({**truth, "annotations": notes}, found, "segm")
+    with pytest.raises(ConfigError, match=r"a mask of image 1\d\d is broken"):
+        average_precision(truth, [{**found[0], "segmentation": broken}, *found[1:]], "segm")
+    assert average_precision({**truth, "annotations": notes}, found, "bbox")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from beit3.cli import run_command
 from beit3.config import Run
 from beit3.errors import ConfigError
 from beit3.pretrain.text_tokenizer import TextTokenizerRun
@@ -101,6 +102,7 @@ DENSE = {
     "coco_detection_base:large": (1e-4, 0.8, 0.4, 0.1, 64, 1024, 184_375, 250),
     "coco_detection_base:mask_rcnn": (1e-4, 0.7, 0.1, 0.1, 64, 1024, 184_375, 250),
     "coco_detection_base:objects365": (5e-5, 0.7, 0.1, 0.1, 64, 1024, 20 * 118_287 / 64, 250),
+    "coco_detection_base:objects365_large": (5e-5, 0.8, 0.4, 0.1, 64, 1024, 20 * 118_287 / 64, 250),
     "coco_detection_base:giant": (5e-5, 0.9, 0.6, 0.1, 64, 1274, 20 * 118_287 / 64, 250),
     "objects365_base": (1e-4, 0.7, 0.1, 0.1, 64, 1024, 15 * 1_742_289 / 64, 250),
     "objects365_base:large": (1e-4, 0.8, 0.4, 0.1, 64, 1024, 15 * 1_742_289 / 64, 250),
@@ -122,7 +124,8 @@ def test_recipes_of_detection_and_segmentation_have_the_published_settings(addre
     assert (run.optim.betas, run.optim.warmup_steps) == ((0.9, 0.999), warmup)
     assert (task.model.drop_path, task.batch_size, task.model.image_size) == (drop_path, batch_size, (size, size))
     assert run.loop.steps == pytest.approx(steps, abs=1)
-    shape = {"large": (1024, 24), "giant": (1408, 40)}.get(address.partition(":")[2], (768, 12))
+    size_name = address.partition(":")[2].removeprefix("objects365_")
+    shape = {"large": (1024, 24), "giant": (1408, 40)}.get(size_name, (768, 12))
     assert (task.model.width, task.model.num_layers) == shape
     if "ade20k" not in address:
         assert (task.window_size, task.num_global_layers, task.view.scale) == (14, 4, (0.1, 2.0))
@@ -144,9 +147,15 @@ def test_released_weights_fill_the_recipes_of_detection_and_segmentation() -> No
         run = load_recipe(f"recipe:finetune/{address}")
         assert isinstance(run, Run)
         task: Any = run.task
-        giant = "giant" in address
+        variant = address.partition(":")[2]
+        giant, detector = variant == "giant", variant.startswith("objects365")
         assert task.model.attention == ("shared" if giant else "decoupled"), address
-        assert (task.init_from.suffix == ".pth") == (not giant and not address.endswith("objects365")), address
+        assert (task.init_from.suffix == ".pth") == (not giant and not detector), address
+        if detector:
+            before = load_recipe(f"recipe:finetune/objects365_base{':large' if variant.endswith('large') else ''}")
+            assert isinstance(before, Run)
+            theirs: Any = before.task
+            assert (task.init_from, task.model) == (before.folder / "export", theirs.model), address
 
 
 def test_all_recipes_are_listed() -> None:
@@ -192,3 +201,34 @@ def test_private_and_imported_functions_are_no_variants(tmp_path: Path) -> None:
     for variant in ("_part", "replace", "TextTokenizerRun"):
         with pytest.raises(ConfigError, match=f"no variant '{variant}'"):
             load_recipe(f"{file}:{variant}")
+
+
+OWN_TASK = '''
+"""A recipe with an objective of its own."""
+from beit3.config import Run, config
+from beit3.pretrain.text_tokenizer import TextTokenizerRun
+from beit3.config import TaskConfig
+
+@config
+class OwnConfig(TaskConfig):
+    """What is mine."""
+
+    margin: float = 0.5
+    """Its width."""
+
+    def build(self):
+        return None
+
+def recipe() -> Run:
+    return Run(name="own", task=OwnConfig())
+'''
+
+
+def test_a_recipe_may_define_a_task_of_its_own_and_its_fields_are_options(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "own.py").write_text(OWN_TASK)
+    assert run_command(["train", str(tmp_path / "own.py"), "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "--task.margin" in shown
+    assert "Its width." in shown

@@ -295,6 +295,8 @@ def test_rectangles_of_noise_are_erased_from_a_quarter_of_the_pictures() -> None
     [
         (MultimodalViewConfig, {"scale": (0.5, 0.2)}),
         (MultimodalViewConfig, {"ratio": (0.0, 1.0)}),
+        (MultimodalViewConfig, {"ratio": (0.5, float("inf"))}),
+        (MultimodalViewConfig, {"ratio": (float("nan"), 1.0)}),
         (MultimodalViewConfig, {"flip": 2.0}),
         (MultimodalViewConfig, {"rand_augment": -1}),
         (MultimodalViewConfig, {"magnitude": 11.0}),

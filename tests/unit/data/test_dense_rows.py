@@ -89,8 +89,17 @@ def test_a_broken_object_is_counted_and_the_others_of_its_picture_stay(folder: P
     assert reason in index.report()
 
 
-def test_an_object_keeps_its_box_when_its_mask_is_broken(folder: Path) -> None:
-    broken = {**OBJECT, "segmentation": {"size": [10, 8], "counts": [80]}}
+@pytest.mark.parametrize(
+    "mask",
+    [
+        {"size": [10, 8], "counts": [80]},
+        {"size": [8, 10], "counts": "zzz~~"},
+        {"size": [8, 10], "counts": "ZZZZ"},
+        {"size": [8, 10], "counts": "1"},
+    ],
+)
+def test_an_object_keeps_its_box_when_its_mask_is_broken(folder: Path, mask: Json) -> None:
+    broken = {**OBJECT, "segmentation": mask}
     index = read_index(write(folder, {**ROW, "objects": [broken]}), DetectionRow)
     assert index.dropped == {"invalid_segmentation": 1}
     assert index[0].objects == (DetectedObject((1.0, 1.0, 5.5, 6.0), 2, False, 15.5, None),)

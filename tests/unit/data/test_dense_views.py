@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -358,14 +359,23 @@ def test_views_follow_from_torchs_generator_alone(kind: str) -> None:
 
 @pytest.mark.parametrize(
     "values",
-    [{"scale": (0.0, 1.0)}, {"scale": (2.0, 1.0)}, {"flip": 1.5}, {"color_jitter": 2.0}, {"min_box_size": 0.0}],
+    [
+        {"scale": (0.0, 1.0)},
+        {"scale": (2.0, 1.0)},
+        {"scale": (1.0, inf)},
+        {"flip": 1.5},
+        {"color_jitter": 2.0},
+        {"min_box_size": 0.0},
+    ],
 )
 def test_impossible_detection_settings_are_refused(values: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(values))):
         DetectionViewConfig(**values)
 
 
-@pytest.mark.parametrize("values", [{"scale": (2.0, 1.0)}, {"flip": -1.0}, {"max_class_share": 0.0}])
+@pytest.mark.parametrize(
+    "values", [{"scale": (2.0, 1.0)}, {"scale": (1.0, inf)}, {"flip": -1.0}, {"max_class_share": 0.0}]
+)
 def test_impossible_segmentation_settings_are_refused(values: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(values))):
         SegmentationViewConfig(**values)

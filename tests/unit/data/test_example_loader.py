@@ -91,7 +91,7 @@ def test_resume_is_bit_identical_at_any_point(workers: int, before: int) -> None
     state = saved(whole)
     rest = take(whole, 14)
     again = make(workers=workers, bad=(3, 4, 30))
-    again.load_state_dict(state)
+    again.load_state_dict([state])
     assert same(take(again, 14), rest)
     assert again.state_dict() == whole.state_dict()
 
@@ -114,7 +114,7 @@ def test_a_loader_in_use_goes_back_to_a_saved_position(workers: int) -> None:
     next(batches)
     state = saved(loader)
     second = [next(batches) for _ in range(8)]
-    loader.load_state_dict(state)
+    loader.load_state_dict([state])
     assert same([next(batches) for _ in range(4)], second[:4]), "an iterator that is there already follows"
     assert same(take(loader, 4), second[4:]), "and so does a new one"
 
@@ -412,7 +412,8 @@ def test_a_state_is_small_and_plain() -> None:
         "epoch": 2,
         "batches": 1,
         "skipped": {"unreadable_image": 2},
-        "layout": {"examples": 50, "batch_size": 8, "seed": 0, "rank": 0, "world_size": 1},
+        "settings": {"batch_size": 8, "seed": 0},
+        "data": {"the whole": {"examples": 50}},
     }
 
 
@@ -426,9 +427,11 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ConfigError, match="not divisible"):
         evaluation_batches(Noisy(), collate, batch_size=8, world_size=3)
     state = make().state_dict()
-    for other, name in [(make(seed=1), "seed 0"), (make(49), "examples 50"), (make(batch_size=4), "batch_size 8")]:
+    for other, name in [(make(seed=1), "seed 0"), (make(batch_size=4), "batch_size 8")]:
         with pytest.raises(ConfigError, match=f"the data state was saved with {name}, this run has"):
-            other.load_state_dict(state)
+            other.load_state_dict([state])
+    with pytest.raises(ConfigError, match=r"the data changed .*: the whole edited \(examples 50 -> 49\)"):
+        make(49).load_state_dict([state])
 
 
 @WORKERS
@@ -496,7 +499,7 @@ def test_augmented_pictures_resume_bit_for_bit_in_workers(tmp_path: Path) -> Non
     rest = take(whole, 5)
     assert all(batch.shape == (4, 3, 24, 32) and batch.dtype == torch.uint8 for batch in rest)
     again = build(2)
-    again.load_state_dict(state)
+    again.load_state_dict([state])
     assert same(take(again, 5), rest)
     assert again.skipped == whole.skipped
     assert whole.skipped == {"unreadable_image": 3}, "three epochs"

@@ -48,7 +48,7 @@ def samples(count: int = 11) -> list[Sample]:
 def build(tmp_path: Path) -> Callable[..., FeatureCache]:
     def make(teacher: Teacher, **changes: Any) -> FeatureCache:
         settings: dict[str, Any] = {"teacher_settings": {"kind": "mean"}, "crop": CROP, "grid": (4, 4), "seed": 0}
-        settings |= {"crops_per_picture": 2, "source": "images", **changes}
+        settings |= {"crops_per_picture": 2, "source": "images", "data": {"a.tar": {"bytes": 1}}, **changes}
         return build_feature_cache(tmp_path, samples(), teacher=teacher, device=torch.device("cpu"), **settings)
 
     return make
@@ -59,18 +59,18 @@ def test_features_are_the_teachers_of_the_crops_beside_them(build: Callable[...,
     assert len(cache) == 20
     assert cache.settings["skipped"] == {"unreadable_image": 1}
     for row in range(20):
-        crop, features = cache[row]
+        crop, features = cache.load(row)
         assert (crop.shape, crop.dtype, features.dtype) == ((3, 16, 16), torch.uint8, torch.float16)
         expected = F.avg_pool2d(crop.float() / 255, 4).flatten(1).T
         torch.testing.assert_close(features.float(), expected, rtol=1e-3, atol=1e-3)
-    assert not torch.equal(cache[0][0], cache[1][0]), "two crops of one picture differ"
+    assert not torch.equal(cache.load(0)[0], cache.load(1)[0]), "two crops of one picture differ"
 
 
 def test_a_crop_can_be_drawn_again_from_its_seed(build: Callable[..., FeatureCache]) -> None:
     cache = build(MeanColor())
     picture = load_cells("google")[1].image
     torch.manual_seed(cache.settings["crop_seeds"][2])
-    assert torch.equal(RandomCrop(CROP)(picture).image, cache[2][0])
+    assert torch.equal(RandomCrop(CROP)(picture).image, cache.load(2)[0])
 
 
 def test_the_teacher_sees_the_crop_at_its_own_size(build: Callable[..., FeatureCache]) -> None:
@@ -83,8 +83,8 @@ def test_the_teacher_sees_the_crop_at_its_own_size(build: Callable[..., FeatureC
 
     cache = build(Large(32), crop=CropConfig(size=16, tokenizer_size=32), grid=(8, 8))
     assert set(sizes) == {32}
-    assert cache[0][0].shape == (3, 16, 16)
-    assert cache[0][1].shape == (64, 3)
+    assert cache.load(0)[0].shape == (3, 16, 16)
+    assert cache.load(0)[1].shape == (64, 3)
 
 
 @pytest.mark.parametrize(
@@ -97,6 +97,7 @@ def test_the_teacher_sees_the_crop_at_its_own_size(build: Callable[..., FeatureC
         ({"seed": 1}, True),
         ({"crops_per_picture": 1}, True),
         ({"source": "photos"}, True),
+        ({"data": {"a.tar": {"bytes": 2}}}, True),
     ],
 )
 def test_features_are_computed_again_exactly_when_something_differs(
@@ -128,5 +129,6 @@ def test_pictures_that_are_all_unreadable_are_one_line(tmp_path: Path) -> None:
             crops_per_picture=1,
             seed=0,
             source="images",
+            data={},
             device=torch.device("cpu"),
         )

@@ -74,6 +74,9 @@ def test_prepared_data_trains_at_once(tmp_path: Path) -> None:
         def collate(self, samples: list[str]) -> list[str]:
             return samples
 
+        def join(self, units: list[list[str]]) -> list[str]:
+            return [key for unit in units for key in unit]
+
     (tmp_path / "in.tar").write_bytes(tar_of(pairs(12)))
     prepare_pairs([tmp_path / "in.tar"], tmp_path / "out")
     loader = StreamLoader(

@@ -6,7 +6,6 @@ import io
 import itertools
 import random
 import shutil
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -17,8 +16,8 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import get_worker_info
 
+from beit3.config import LoopConfig, Run, TaskConfig, config
 from beit3.data.images import decode_image
 from beit3.data.streams import Sample, Source, Stream, StreamLoader
 from beit3.data.texts import clean_text
@@ -38,6 +37,9 @@ class NoisyEncoder:
 
     def collate(self, samples: list[tuple[str, Tensor]]) -> Batch:
         return [text for text, _ in samples], torch.stack([noise for _, noise in samples]) + torch.rand(1)
+
+    def join(self, units: list[Batch]) -> Batch:
+        return [text for texts, _ in units for text in texts], torch.cat([noise for _, noise in units])
 
 
 def make(
@@ -77,7 +79,7 @@ def test_resume_continues_bit_for_bit_across_epochs(corpus: Path, workers: int) 
     state = saved(whole)
     rest = take(whole, 30)
     again = make(corpus, workers, pairs="pairs+more", text="text")
-    again.load_state_dict(state)
+    again.load_state_dict([state])
     assert same(take(again, 30), rest)
 
 
@@ -89,51 +91,29 @@ def test_a_state_saved_soon_after_a_resume_is_exact_too(corpus: Path, workers: i
     state = saved(whole)
     rest = take(whole, between + 12)
     second = make(corpus, workers, pairs="pairs+more")
-    second.load_state_dict(state)
+    second.load_state_dict([state])
     take(second, between)
     third = make(corpus, workers, pairs="pairs+more")
-    third.load_state_dict(saved(second))
+    third.load_state_dict([saved(second)])
     assert same(take(third, 12), rest[between:])
-
-
-@pytest.mark.parametrize("slow", [0, 1])
-def test_a_state_saved_before_a_slow_worker_has_begun_is_exact_too(
-    corpus: Path, monkeypatch: pytest.MonkeyPatch, slow: int
-) -> None:
-    whole = make(corpus, 2, pairs="pairs+more")
-    take(whole, 7)
-    state = saved(whole)
-    rest = take(whole, 13)
-    start = threading.Thread.start
-
-    def start_late(thread: threading.Thread) -> None:
-        start(thread)
-        worker = get_worker_info()
-        if thread.name == "command_thread" and worker is not None and worker.id == slow:
-            time.sleep(2)  # the other worker gives the first batch meanwhile
-
-    monkeypatch.setattr(threading.Thread, "start", start_late)
-    second = make(corpus, 2, pairs="pairs+more")
-    second.load_state_dict(state)
-    take(second, 1)
-    third = make(corpus, 2, pairs="pairs+more")
-    third.load_state_dict(saved(second))
-    assert same(take(third, 12), rest[1:])
 
 
 def test_resume_before_the_first_batch_is_the_beginning(corpus: Path) -> None:
     fresh = make(corpus, 2, pairs="pairs")
     again = make(corpus, 2, pairs="pairs")
-    again.load_state_dict(saved(fresh))
+    again.load_state_dict([saved(fresh)])
     assert same(take(again, 3), take(fresh, 3))
 
 
 def test_a_state_of_another_layout_is_refused(corpus: Path) -> None:
     state = make(corpus).state_dict()
     with pytest.raises(ConfigError, match="seed 0, this run has 1"):
-        make(corpus, seed=1).load_state_dict(state)
-    with pytest.raises(ConfigError, match="num_workers"):
-        make(corpus, 2).load_state_dict(state)
+        make(corpus, seed=1).load_state_dict([state])
+    smaller = StreamLoader(
+        {"pairs": Stream(sources=(Source(path="pairs"),), batch_size=4)}, {"pairs": NoisyEncoder()}, data=corpus, seed=0
+    )
+    with pytest.raises(ConfigError, match=r"the data state was saved with batch_size .*, this run has"):
+        smaller.load_state_dict([make(corpus, pairs="pairs").state_dict()])
 
 
 def test_the_same_seed_repeats_and_another_seed_differs(corpus: Path) -> None:
@@ -208,7 +188,7 @@ def test_bad_samples_are_skipped_counted_and_remembered(corpus: Path, workers: i
     assert set(loader.skipped) == {"pairs/unreadable_image"}
     assert 60 <= count <= 100
     again = make(corpus, workers, pairs="bad")
-    again.load_state_dict(saved(loader))
+    again.load_state_dict([saved(loader)])
     assert again.skipped == loader.skipped
 
 
@@ -249,10 +229,16 @@ def test_missing_or_cut_files_are_named_before_training(corpus: Path, tmp_path: 
 
 
 def test_what_cannot_be_shared_out_is_refused(corpus: Path) -> None:
-    with pytest.raises(ConfigError, match="batch_size 8 is not divisible by 3 ranks"):
+    with pytest.raises(ConfigError, match=r"batch_size 8 is not divisible by 3 data workers \(3 ranks x 1\)"):
         make(corpus, world=3)
     with pytest.raises(ConfigError, match="50 samples for 64 data workers"):
-        make(corpus, 64, text="text")
+        StreamLoader(
+            {"x": Stream(sources=(Source(path="text"),), batch_size=64)},
+            {"x": NoisyEncoder()},
+            data=corpus,
+            seed=0,
+            num_workers=64,
+        )
     with pytest.raises(ConfigError, match="same names"):
         StreamLoader({"a": Stream(sources=(Source(path="pairs"),), batch_size=2)}, {}, data=corpus, seed=0)
     with pytest.raises(ConfigError, match="weight"):
@@ -278,6 +264,9 @@ def test_samples_hold_what_was_written(corpus: Path) -> None:
         def collate(self, samples: list[Sample]) -> list[Sample]:
             return samples
 
+        def join(self, units: list[list[Sample]]) -> list[Sample]:
+            return [sample for unit in units for sample in unit]
+
     streams = {name: Stream(sources=(Source(path=name),), batch_size=30) for name in ("pairs", "text")}
     encoders: dict[str, Any] = dict.fromkeys(streams, Whole())
     loader: Iterator[dict[str, list[Sample]]] = iter(StreamLoader(streams, encoders, data=corpus, seed=0))
@@ -289,3 +278,51 @@ def test_samples_hold_what_was_written(corpus: Path) -> None:
         assert sample.text == f"s {sample.meta['n']}".encode()
         assert decode_image(sample.image).getpixel((0, 0)) == (sample.meta["n"], 0, 0)
     assert all(sample.image is None and sample.text == f"line {sample.key}" for sample in batch["text"])
+
+
+def test_a_loader_knows_what_it_drew(corpus: Path) -> None:
+    loader = make(corpus, pairs="pairs+more", text="text")
+    assert (loader.used, loader.keys) == (0, [])
+    batch = take(loader, 3)[-1]
+    assert loader.used == 3 * 16
+    texts = batch["pairs"][0] + batch["text"][0]
+    assert [key.split("/")[0] for key in loader.keys] == ["pairs"] * 8 + ["text"] * 8
+    for key, text in zip(loader.keys, texts, strict=True):
+        _, source, name = key.split("/")
+        prefix, number = text.split()
+        assert source == {"s": "pairs", "m": "more", "line": "text"}[prefix]
+        assert name == (number if source == "text" else f"{prefix}{int(number):04d}")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_closed_loader_goes_on_where_it_stood(corpus: Path, workers: int) -> None:
+    expected = take(make(corpus, workers), 40)
+    loader = make(corpus, workers)
+    found = take(loader, 21)
+    loader.close()
+    assert same(found + take(loader, 19), expected)
+
+
+def test_a_state_is_the_same_however_fast_processes_ran_ahead(corpus: Path) -> None:
+    loaders = [make(corpus, 2, pairs="pairs") for _ in range(2)]
+    take(loaders[0], 20)
+    for _ in range(20):
+        take(loaders[1], 1)
+        time.sleep(0.01)
+    assert loaders[0].state_dict() == loaders[1].state_dict()
+
+
+@config
+class Nothing(TaskConfig):
+    """A Task that is never built."""
+
+    def build(self) -> Any:
+        raise NotImplementedError
+
+
+def test_a_run_makes_its_loader_in_one_call(corpus: Path) -> None:
+    streams = {"pairs": Stream(sources=(Source(path="pairs"),), batch_size=8)}
+    run = Run(name="x", task=Nothing(), data=corpus, seed=3, loop=LoopConfig(num_workers=2), allow_data_change=True)
+    loader = StreamLoader.for_run(streams, {"pairs": NoisyEncoder()}, run, 1, 2)
+    other = StreamLoader(streams, {"pairs": NoisyEncoder()}, data=corpus, seed=3, rank=1, world_size=2, num_workers=2)
+    assert same(take(loader, 3), take(other, 3))

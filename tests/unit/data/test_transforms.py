@@ -74,7 +74,7 @@ def test_grey_crops_have_no_colour() -> None:
     assert (view[1] - view[2]).abs().max() <= 1
 
 
-@pytest.mark.parametrize("size", [(1, 400), (400, 1), (5, 5)])
+@pytest.mark.parametrize("size", [(1, 1), (1, 4000), (4000, 1), (4, 4000), (5, 5)])
 def test_odd_shapes_still_give_a_crop(size: tuple[int, int]) -> None:
     view = RandomCrop(CropConfig(size=16, tokenizer_size=8))(Image.new("RGB", size, "red"))
     assert view.image.shape == (3, 16, 16)
@@ -103,7 +103,17 @@ def test_normalize_spans_minus_one_to_one() -> None:
         torch.testing.assert_close(out[:, 0, 0, 0], torch.tensor([-1.0, 1.0]), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("wrong", [{"scale": (0.5, 0.2)}, {"flip": 2.0}, {"color_jitter": -1.0}, {"size": 0}])
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"scale": (0.5, 0.2)}, {"scale": (NAN, 1.0)}, {"scale": (0.1, NAN)},
+        {"ratio": (NAN, 1.0)}, {"ratio": (1.0, NAN)}, {"ratio": (0.5, INF)},
+        {"flip": 2.0}, {"flip": NAN}, {"grayscale": NAN}, {"color_jitter": -1.0}, {"color_jitter": NAN}, {"size": 0},
+    ],
+)  # fmt: skip
 def test_impossible_settings_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ConfigError):
         CropConfig(**{"size": 8, **wrong})  # type: ignore[arg-type]

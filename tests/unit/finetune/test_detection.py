@@ -17,7 +17,7 @@ from beit3.config import LoopConfig, OptimConfig, Run, replace
 from beit3.data.compose import ComposeConfig
 from beit3.data.dense_views import DetectionViewConfig
 from beit3.data.masks import decode_mask, encode_mask
-from beit3.errors import BeitError, ConfigError
+from beit3.errors import BeitError, ConfigError, DataMissingError
 from beit3.evaluate import Evaluation, evaluate
 from beit3.finetune.detection import Detection, DetectionConfig
 from beit3.model.detection import Detections, DetectionSettings
@@ -273,6 +273,31 @@ def test_scenes_are_composed_in_the_run(config: Make, data: Path) -> None:
         config(compose=compose).build().train_loader(run, 0, 1)
 
 
+@pytest.mark.parametrize("name", ["detection", "compose"])
+def test_what_is_wrong_with_the_evaluation_is_said_before_training(name: str, config: Make, data: Path) -> None:
+    compose = ComposeConfig(size=(48, 48), objects=(1, 2)) if name == "compose" else None
+    task = config(compose=compose, labels=None, num_classes=9, eval="none.jsonl").build()
+    with pytest.raises(DataMissingError, match=r"index .*none\.jsonl does not exist"):
+        task.train_loader(run_of(task.config, data), 0, 1)
+    task.train_loader(run_of(task.config, data), 1, 2)  # rank 0 evaluates
+
+
+def test_broken_masks_are_counted_and_their_boxes_measured(config: Make, data: Path) -> None:
+    """Strings over which the overlap of masks never ends, or that end it in a crash after all predictions."""
+    rows = read(data / "test.jsonl")
+    size = [rows[0]["height"], rows[0]["width"]]
+    for item, counts in zip(rows[0]["objects"] * 2, ("zzz~~", "ZZZZ"), strict=False):
+        item["segmentation"] = {"size": size, "counts": counts}
+    write(data / "test.jsonl", rows)
+    task = config().build()
+    metrics = task.measure(evaluated(task, run_of(task.config, data)))
+    assert "box_ap" in metrics
+    assert not any(name.startswith("mask") for name in metrics)
+    index = task.examples([data / "test.jsonl"], training=False).index
+    assert index.dropped == {"invalid_segmentation": len(rows[0]["objects"])}
+    assert index[0].objects[0].segmentation is None
+
+
 def test_what_does_not_fit_is_said(config: Make, data: Path) -> None:
     for changes, said in (
         ({"labels": None}, "give num_classes, or labels to count them"),
@@ -301,3 +326,47 @@ def test_a_detector_starts_from_a_detector_of_other_classes(config: Make, data: 
     )
     assert other is not None
     assert other == {name for name in ours if "cls_score" in name or "mask_predictor.mask_fcn_logits" in name}
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_classes_of_other_names_begin_at_random_however_many_there_are(
+    stages: int, config: Make, data: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two sets of two classes each; of the other layers all is kept."""
+    source = config(stages=stages).build()
+    for parameter in source.parameters():
+        torch.nn.init.normal_(parameter)
+    source.save(data / "first")
+    theirs = source.model.state_dict()
+    (data / "cars.json").write_text('["car", "van"]')
+    of_classes = ["roi_heads.stages.0.box_predictor.cls_score", "roi_heads.stages.0.mask_predictor.mask_fcn_logits"]
+    of_classes += ["roi_heads.stages.0.box_predictor.bbox_pred" if stages == 1 else of_classes[0].replace("0", "1")]
+    for labels, renewed in (("labels.json", []), ("cars.json", of_classes)):
+        with caplog.at_level("WARNING"):
+            caplog.clear()
+            ours = config(stages=stages, labels=data / labels, init_from=data / "first").build().model.state_dict()
+        changed = {name.rpartition(".")[0] for name in ours if not torch.equal(ours[name], theirs[name])}
+        assert changed == set(renewed)
+        said = f"{data / 'first'} is of other classes: random weights in {', '.join(sorted(renewed))}"
+        assert caplog.messages == ([said] if renewed else [])
+
+
+def test_a_start_of_other_windows_keeps_classes_of_the_same_names_alone(
+    config: Make, data: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """All shapes are the same; the log says nothing where nothing begins at random."""
+    source = config(window_size=2, num_global_layers=1).build()
+    for parameter in source.parameters():
+        torch.nn.init.normal_(parameter)
+    source.save(data / "first")
+    theirs = source.model.state_dict()
+    with caplog.at_level("WARNING"):
+        ours = config(init_from=data / "first").build().model.state_dict()
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    assert not caplog.messages
+    (data / "cars.json").write_text('["car", "van"]')
+    with caplog.at_level("WARNING"):
+        ours = config(init_from=data / "first", labels=data / "cars.json").build().model.state_dict()
+    changed = {name for name in ours if not torch.equal(ours[name], theirs[name])}
+    assert changed == {name for name in ours if "cls_score" in name or "mask_fcn_logits" in name}
+    assert "cls_score" in caplog.text

@@ -21,7 +21,7 @@ from beit3.data.compose import ComposeConfig
 from beit3.data.dense_views import SegmentationViewConfig
 from beit3.data.preprocess import Preprocess
 from beit3.data.whole_pictures import segment_image
-from beit3.errors import BeitError, ConfigError
+from beit3.errors import BeitError, ConfigError, DataMissingError
 from beit3.finetune.segmentation import Segmentation, SegmentationConfig
 from beit3.model.build import build_model
 from beit3.model.presets import ModelConfig
@@ -143,7 +143,7 @@ def test_colours_are_learned(head: str, steps: int, config: Make, maps: Path) ->
 @torch.no_grad()
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize(
-    "slide", [SlidingConfig(), SlidingConfig(ratios=(0.5, 1.5), flip=True, stride_share=0.5)], ids=["one", "several"]
+    "slide", [SlidingConfig(), SlidingConfig(scales=(0.5, 1.5), flip=True, stride_share=0.5)], ids=["one", "several"]
 )
 def test_evaluation_counts_every_pixel_at_full_size(head: str, slide: SlidingConfig, config: Make, maps: Path) -> None:
     """Against scikit-learn over all pixels of all pictures, and against what a user of the model is told."""
@@ -247,6 +247,16 @@ def test_scenes_are_composed_in_the_run(config: Make, maps: Path) -> None:
         config(**scenes, num_classes=9).build().train_loader(run_of(task, maps), 0, 1)
 
 
+@pytest.mark.parametrize("compose", [None, ComposeConfig(size=(24, 24), objects=(2, 4))], ids=["index", "compose"])
+def test_what_is_wrong_with_the_evaluation_is_said_before_training(
+    compose: ComposeConfig | None, config: Make, maps: Path
+) -> None:
+    task = config(compose=compose, labels=None, num_classes=10, eval="none.jsonl").build()
+    with pytest.raises(DataMissingError, match=r"index .*none\.jsonl does not exist"):
+        task.train_loader(run_of(task, maps), 0, 1)
+    task.train_loader(run_of(task, maps), 1, 2)  # rank 0 evaluates
+
+
 def test_what_does_not_fit_is_said(config: Make, maps: Path) -> None:
     for changes, said in (
         ({"labels": None}, "give num_classes, or labels to count them"),
@@ -308,3 +318,28 @@ def test_it_starts_from_a_pretrained_model_of_another_size(config: Make, tmp_pat
     for name, value in started.model.backbone.state_dict().items():
         if name != "vision_embedding.positions":
             assert torch.equal(value, state[f"backbone.{name}"]), name
+
+
+OF_CLASSES = {
+    "upernet": {"head.decode_head.classifier", "head.auxiliary_head.classifier"},
+    "mask2former": {"head.class_predictor"},
+}
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_classes_of_other_names_begin_at_random_however_many_there_are(
+    head: str, config: Make, maps: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = config(head).build()
+    for parameter in source.parameters():
+        nn.init.normal_(parameter)
+    source.save(maps / "first")
+    theirs = source.model.state_dict()
+    (maps / "others.json").write_text('["sky", "road", "car"]')
+    for labels, renewed in (("labels.json", set()), ("others.json", OF_CLASSES[head])):
+        with caplog.at_level("WARNING"):
+            caplog.clear()
+            ours = config(head, labels=maps / labels, init_from=maps / "first").build().model.state_dict()
+        assert {name.rpartition(".")[0] for name in ours if not torch.equal(ours[name], theirs[name])} == renewed
+        said = f"{maps / 'first'} is of other classes: random weights in {', '.join(sorted(renewed))}"
+        assert caplog.messages == ([said] if renewed else [])

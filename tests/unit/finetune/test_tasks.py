@@ -394,3 +394,34 @@ def test_a_task_starts_from_a_pretrained_model_of_another_size(
         if parameter != "vision_embedding.positions":
             assert torch.equal(value, pretrained.state_dict()[f"backbone.{parameter}"]), parameter
     assert started.model.backbone.vision_embedding.positions.shape[0] == 3 + 9
+
+
+@pytest.mark.parametrize(
+    ("name", "labels", "of_classes"),
+    [("classification", "groups.labels.json", "head"), ("vqa", "vqa.labels.json", "head.3")],
+)
+def test_outputs_of_other_names_begin_at_random_however_many_there_are(
+    name: str,
+    labels: str,
+    of_classes: str,
+    build: Build,
+    config: Build,
+    sets: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    source = build(name)
+    source.save(tmp_path / "first")
+    theirs = source.model.state_dict()
+    others = tmp_path / "others.json"
+    others.write_text(json.dumps([f"{known}s" for known in json.loads((sets / labels).read_text())]))
+    for named, renewed in ((sets / labels, set()), (others, {of_classes})):
+        with caplog.at_level(logging.WARNING):
+            caplog.clear()
+            ours = config(name, labels=named, init_from=tmp_path / "first").build().model.state_dict()
+        assert {key.rpartition(".")[0] for key in ours if not torch.equal(ours[key], theirs[key])} == renewed
+        said = f"{tmp_path / 'first'} is of other classes: random weights in {of_classes}"
+        assert caplog.messages == ([said] if renewed else [])
+    (tmp_path / "first" / "labels.json").unlink()  # nothing is known of its classes but their number
+    ours = config(name, labels=others, init_from=tmp_path / "first").build().model.state_dict()
+    assert all(torch.equal(value, theirs[key]) for key, value in ours.items())

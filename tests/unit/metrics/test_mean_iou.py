@@ -57,7 +57,7 @@ def test_against_scikit_learn() -> None:
     assert found["mean_accuracy"] == pytest.approx(scikit.balanced_accuracy_score(true, guessed))
 
 
-def test_pictures_and_ranks_add_up() -> None:
+def test_counts_of_pictures_add_up_to_those_of_all() -> None:
     guesses, labels = draw(4, 4, 4)
     parts = [confusion(guess, label, 4) for guess, label in zip(guesses, labels, strict=True)]
     assert torch.equal(torch.stack(parts).sum(0), confusion(guesses, labels, 4))

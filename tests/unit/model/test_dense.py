@@ -94,6 +94,22 @@ def test_maps_of_224_pixels_are_the_plain_transformers_states(close: Close) -> N
         close(found, expected)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(("num_layers", "taken"), [(12, (4, 6, 8, 12)), (24, (8, 12, 16, 24))])
+def test_four_maps_are_of_the_layers_that_beit_takes(
+    num_layers: int, taken: tuple[int, ...], tiny: ModelConfig, close: Close
+) -> None:
+    """As in its configurations of UPerNet, base and large; finest first."""
+    model = DenseModel(replace(tiny, num_layers=num_layers), 8, 4, None, 1).eval()
+    states: list[torch.Tensor] = []
+    for block in model.backbone.blocks:
+        block.register_forward_hook(lambda _module, _given, out: states.append(out[0]))
+    found = model.maps(torch.randn(1, 3, 16, 8))
+    patches = [states[layer - 1][1:].T.unflatten(1, (4, 2))[None] for layer in taken]
+    for ours, wanted in zip(found, model.pyramid(patches), strict=True):
+        close(ours, wanted)
+
+
 @pytest.mark.parametrize("size", [(16, 16), (20, 36), (4, 4), (44, 12)])
 @pytest.mark.parametrize("num_maps", [1, 4])
 def test_levels_lie_at_a_quarter_half_one_and_two_patches(
@@ -121,12 +137,17 @@ def test_a_dense_tower_has_no_text_parameters_and_every_parameter_learns(tiny: M
 
 def test_recomputed_layers_give_the_same_gradients(tiny: ModelConfig, close: Close) -> None:
     images = torch.randn(2, 3, 12, 12)
-    grads = []
+    grads, runs = [], []
     for recompute in (False, True):
         torch.manual_seed(1)
         model = DenseModel(replace(tiny, activation_checkpointing=recompute), 8, 4, 2, 1).train()
-        model.maps(images)[0].sum().backward()
+        seen: list[int] = []
+        for block in model.backbone.blocks:
+            block.register_forward_pre_hook(lambda *_, seen=seen: seen.append(1))
+        runs.append(seen)
+        torch.stack([x.square().mean() for x in model.maps(images)]).sum().backward()
         grads.append({name: value.grad for name, value in model.named_parameters() if value.grad is not None})
+    assert [len(seen) for seen in runs] == [tiny.num_layers, 2 * tiny.num_layers]
     assert grads[0].keys() == grads[1].keys()
     for name, grad in grads[0].items():
         close(grads[1][name], grad)

@@ -356,6 +356,15 @@ def test_detections_come_best_first_inside_their_picture(tiny: ModelConfig) -> N
         assert not found.boxes.requires_grad
 
 
+def test_heads_look_at_as_many_proposals_as_the_settings_say(tiny: ModelConfig) -> None:
+    model = detector(tiny).eval()
+    images = torch.randn(2, 3, *CANVAS)
+    everything = DetectionSettings(score_threshold=0.0, nms_threshold=1.0, max_detections=10_000)
+    for count in (1, 7, 40):
+        for found in model.detect(images, settings=replace(everything, max_proposals=count)):
+            assert len(found) == count * CLASSES
+
+
 def test_suppression_is_hard_or_soft_as_the_settings_say() -> None:
     boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 8], [0, 0, 10, 8], [30, 0, 40, 10]])
     scores, labels = torch.tensor([0.9, 0.8, 0.7, 0.6]), torch.tensor([0, 0, 1, 0])

@@ -14,7 +14,7 @@ from torch import nn
 from beit3.config import replace
 from beit3.errors import ConfigError
 from beit3.model.presets import ModelConfig
-from beit3.model.segmentation import Mask2Former, SegmentationModel
+from beit3.model.segmentation import Mask2Former, SegmentationModel, UPerNet
 
 Head = Literal["upernet", "mask2former"]
 Close = Callable[..., None]
@@ -148,6 +148,15 @@ def test_options_rebuild_the_model(head: Head, windows: dict[str, int], tiny: Mo
     again.load_state_dict(state, assign=True)
     images = torch.randn(1, 3, 12, 8)
     assert torch.equal(again(images), model(images))
+
+
+@pytest.mark.parametrize(("width", "auxiliary"), [(1, 1), (64, 32), (512, 256), (768, 256), (1024, 256)])
+def test_the_auxiliary_head_is_as_wide_as_in_beits_recipes(width: int, auxiliary: int) -> None:
+    """UPerNet of 512: 256; BEiT v2's of 768 and 1,024: 256 still."""
+    with torch.device("meta"):
+        head: Any = UPerNet(8, 5, width)
+    assert head.auxiliary_head.classifier.in_channels == auxiliary
+    assert head.decode_head.classifier.in_channels == width
 
 
 def test_heads_learn_nothing_from_evaluation(tiny: ModelConfig) -> None:

@@ -163,7 +163,7 @@ def test_a_picture_gets_labels_at_its_own_size(size: tuple[int, int], scorer: An
     pixels = np.zeros((*size, 3), np.uint8)
     pixels[:, : size[1] // 2, 0] = pixels[:, size[1] // 2 :, 2] = 255
     preprocess = Preprocess(image_size=(16, 16), resize="slide")
-    for settings in (None, SlidingConfig(ratios=(0.5, 1.0, 1.5), flip=True)):
+    for settings in (None, SlidingConfig(scales=(0.5, 1.0, 1.5), flip=True)):
         found = segment_image(scorer, preprocess, Image.fromarray(pixels), settings)
         wanted = torch.from_numpy(np.where(pixels[..., 0] > 0, 1, 2))
         near = abs(np.arange(size[1]) - size[1] // 2 + 0.5) > max(1, size[1] / 16)  # the colours mix at the edge
@@ -174,7 +174,7 @@ def test_a_picture_gets_labels_at_its_own_size(size: tuple[int, int], scorer: An
 def test_views_have_the_sizes_asked_for() -> None:
     preprocess = Preprocess(image_size=(16, 16), resize="slide")
     image = Image.new("RGB", (60, 40))
-    views = sizes_to_slide_over(preprocess, image, SlidingConfig(ratios=(0.5, 1.0, 1.75)))
+    views = sizes_to_slide_over(preprocess, image, SlidingConfig(scales=(0.5, 1.0, 1.75)))
     assert [tuple(view.shape) for view in views] == [(3, 8, 12), (3, 16, 24), (3, 28, 42)]
     assert {view.dtype for view in views} == {torch.uint8}
 
@@ -182,10 +182,14 @@ def test_views_have_the_sizes_asked_for() -> None:
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"stride_share": 0.0}, "stride_share must lie in 0..1, not 0.0"),
-        ({"ratios": ()}, "ratios must be one or more within 0.1..4"),
-        ({"ratios": (1.0, 9.0)}, "ratios must be one or more within 0.1..4"),
-        ({"windows_at_once": 0}, "windows_at_once must be at least 1, not 0"),
+        ({"stride_share": 0.0}, "slide.stride_share must lie in 0..1, not 0.0"),
+        ({"scales": ()}, "slide.scales must be one or more within 0.1..4"),
+        ({"scales": (1.0, 9.0)}, "slide.scales must be one or more within 0.1..4"),
+        ({"flip": "no"}, "slide.flip must be true or false, not 'no'"),
+        ({"windows_at_once": 1.5}, "slide.windows_at_once must be a whole number, not 1.5"),
+        ({"scales": 1.0}, "slide.scales must be "),
+        ({"stride_share": float("nan")}, "slide.stride_share must be "),
+        ({"windows_at_once": 0}, "slide.windows_at_once must be at least 1, not 0"),
     ],
 )
 def test_settings_out_of_range_are_refused(wrong: dict[str, Any], said: str) -> None:

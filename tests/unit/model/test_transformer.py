@@ -274,15 +274,27 @@ def test_drop_path_is_off_in_evaluation(tiny: ModelConfig, batch: PackedBatch, m
         assert torch.equal(dropping.forward_packed(batch).text, plain.forward_packed(batch).text)
 
 
+def block_runs(model: MultiwayTransformer) -> list[int]:
+    """Numbers of the blocks that are run from now on, in order; the list grows."""
+    seen: list[int] = []
+    for number, block in enumerate(model.blocks):
+        block.register_forward_pre_hook(lambda *_, number=number: seen.append(number))
+    return seen
+
+
 @pytest.mark.parametrize("drop_path", [0.0, 0.4])
 def test_activation_checkpointing_gives_equal_gradients(
     config: ModelConfig, batch: PackedBatch, make: Make, close: Close, drop_path: float
 ) -> None:
-    found = []
+    found, runs = [], []
     for checkpointing in (False, True):
         model = make(config, drop_path=drop_path, activation_checkpointing=checkpointing).train()
+        seen = block_runs(model)
         torch.manual_seed(6)
         found.append(gradients(model, [loss_of(model.forward_packed(batch))]))
+        runs.append(seen)
+    every = list(range(config.num_layers))
+    assert runs == [every, every + every[::-1]], "once; and once more, from the last, in the backward pass"
     assert found[0].keys() == found[1].keys()
     for name, gradient in found[0].items():
         close(found[1][name], gradient, name)

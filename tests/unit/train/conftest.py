@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,19 +40,24 @@ class Rows:
     def __init__(self, size: int, rank: int) -> None:
         self.size, self.rank, self.position = size, rank, 0
         self.skipped: Counter[str] = Counter()
+        self.used = 0
+        self.keys: list[str] = []
 
     def __iter__(self) -> Iterator[Tensor]:
         while True:
             rows = range(self.position * self.size, (self.position + 1) * self.size)
             self.position += 1
             self.skipped["odd"] += 1
+            self.used += self.size
+            self.keys = [f"row {row}" for row in rows]
             yield torch.stack([torch.randn(WIDTH + 1, generator=torch.Generator().manual_seed(row)) for row in rows])
 
     def state_dict(self) -> dict[str, Any]:
-        return {"position": self.position, "skipped": dict(self.skipped)}
+        return {"position": self.position, "skipped": dict(self.skipped), "used": self.used}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.position = state["position"]
+    def load_state_dict(self, states: Sequence[Mapping[str, Any]]) -> None:
+        (state,) = states
+        self.position, self.used = state["position"], state["used"]
         self.skipped = Counter(state["skipped"])
 
 

@@ -14,9 +14,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from beit3.config import Run
-from beit3.errors import ConfigError, DataMissingError, DivergedError, PreemptedError
+from beit3.config import Run, replace
+from beit3.errors import BadDataError, BeitError, ConfigError, DataMissingError, DivergedError, PreemptedError
+from beit3.train import checkpoint
 from beit3.train.checkpoint import list_checkpoints
+from beit3.train.distributed import Ranks
+from beit3.train.folder import open_folder
 from beit3.train.log import read_log
 from beit3.train.loop import fit
 
@@ -314,3 +317,96 @@ def test_bf16_trains_with_weights_in_full_precision(line_run: MakeRun, tasks: Ta
 def test_an_unknown_device_is_a_config_error(line_run: MakeRun, tasks: Tasks) -> None:
     with pytest.raises(ConfigError, match="unknown"):
         fit(line_run(device="gpu"))
+
+
+def test_a_step_that_is_not_finite_is_told_and_its_samples_are_written_down(line_run: MakeRun, tasks: Tasks) -> None:
+    run = line_run(**{"task.nan_at": (3,), "loop.accumulate": 2})
+    fit(run)
+    (path,) = (run.folder / "bad_steps").iterdir()
+    found = json.loads(path.read_text())
+    assert (found["step"], found["losses"][0]) == (2, "nan")
+    assert found["samples"] == [f"row {row}" for row in range(16, 32)]
+    (alarm,) = read_log(run.folder, "alarm")
+    assert alarm["step"] == 2
+    assert "bad_steps" in alarm["text"]
+
+
+@pytest.mark.parametrize(("metric", "best"), [("answer", 5), ("-answer", 2)])
+def test_the_best_evaluation_is_kept_beside_the_newest(
+    line_run: MakeRun, tasks: Tasks, monkeypatch: pytest.MonkeyPatch, metric: str, best: int
+) -> None:
+    run = line_run(**{"loop.eval_every": 1, "loop.save_every": 100, "loop.keep": 1, "loop.keep_best": metric})
+    answers = iter([3.0, 1.0, 2.0, 4.0, 5.0, 0.0])
+    monkeypatch.setattr(type(run.task.build()), "evaluate", lambda self, loader: {"answer": next(answers)})
+    fit(run)
+    assert _steps(run) == [best, 6]
+
+
+def test_an_unknown_metric_to_keep_is_refused(line_run: MakeRun, tasks: Tasks) -> None:
+    with pytest.raises(ConfigError, match=r"'anser' is no metric .* did you mean 'answer'"):
+        fit(line_run(**{"loop.eval_every": 1, "loop.keep_best": "anser"}))
+
+
+def test_checkpoints_of_round_steps_are_kept_for_ever(line_run: MakeRun, tasks: Tasks) -> None:
+    run = line_run(**{"loop.save_every": 1, "loop.keep": 1, "loop.keep_every": 2})
+    fit(run)
+    assert _steps(run) == [2, 4, 6]
+
+
+def test_time_asks_for_checkpoints_as_well(line_run: MakeRun, tasks: Tasks, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step takes 40 seconds by this clock: two make more than a minute."""
+    clock = itertools.count(0, 40)
+    monkeypatch.setattr("beit3.train.loop._now", lambda: float(next(clock)))
+    run = line_run(**{"loop.save_every": 100, "loop.save_minutes": 1.0, "loop.keep": 9})
+    fit(run)
+    assert _steps(run) == [2, 4, 6]
+
+
+def test_data_that_are_too_bad_end_the_run(line_run: MakeRun, tasks: Tasks) -> None:
+    run = line_run(**{"loop.steps": 400, "loop.max_bad_fraction": 0.1})
+    with pytest.raises(BadDataError, match=r"loop.max_bad_fraction"):
+        fit(run)
+    assert read_log(run.folder)[-1]["step"] == 112, "a thousand samples were seen, one in nine was odd"
+
+
+def test_a_lack_of_memory_is_one_line_with_the_shape_of_the_batch(
+    line_run: MakeRun, tasks: Tasks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def grow(*_: object) -> None:
+        torch.empty(2**60)
+
+    monkeypatch.setattr("beit3.train.loop._autocast", grow)
+    with pytest.raises(BeitError, match=r"out of memory in step 1 on rank 0, with the batch batch \(8, 5\) float32"):
+        fit(line_run())
+
+
+def test_a_folder_in_use_is_refused(line_run: MakeRun, tasks: Tasks) -> None:
+    run = line_run()
+    with (
+        open_folder(run, Ranks(0, 1, torch.device("cpu"))),
+        pytest.raises(ConfigError, match="in use by another process"),
+    ):
+        fit(replace(run, resume=True))
+    fit(replace(run, resume=True))
+
+
+def test_a_checkpoint_that_cannot_be_written_is_told_and_training_goes_on(
+    line_run: MakeRun, tasks: Tasks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = line_run(**{"loop.keep": 9})
+    write = checkpoint._write_tensors
+
+    def fail(folder: Path, *rest: Any) -> None:
+        if "step-00000004" in folder.name:
+            raise OSError(28, "No space left on device")
+        write(folder, *rest)
+
+    monkeypatch.setattr(checkpoint, "_write_tensors", fail)
+    fit(run)
+    assert _steps(run) == [2, 6]
+    (alarm,) = read_log(run.folder, "alarm")
+    assert "No space left" in alarm["text"]
+
+
+def _steps(run: Run) -> list[int]:
+    return [int(path.name.removeprefix("step-")) for path in list_checkpoints(run.folder / "checkpoints")]

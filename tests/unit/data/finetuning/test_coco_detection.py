@@ -184,6 +184,8 @@ def test_what_is_wrong_with_objects_is_counted_and_their_picture_stays(tmp_path:
         note(9, 99),
         note(10, 1, segmentation=[[1, 2, 3, 4]], bbox=[3, 3, 2, 2]),
         note(11, 1, segmentation={"size": [10, 8], "counts": [80]}, bbox=[4, 4, 2, 2]),
+        note(12, 1, segmentation={"size": [8, 10], "counts": "zzz~~"}, bbox=[5, 4, 2, 2]),
+        note(13, 1, segmentation={"size": [8, 10], "counts": "ZZZZ"}, bbox=[6, 4, 2, 2]),
         "no object",
         {"id": "twelve", "image_id": 1},
     ]
@@ -195,11 +197,17 @@ def test_what_is_wrong_with_objects_is_counted_and_their_picture_stays(tmp_path:
             "unknown_category": 1,
             "malformed": 7,
             "annotation_of_unknown_image": 2,
-            "invalid_segmentation": 2,
+            "invalid_segmentation": 4,
         }
     }
     (row,) = rows(tmp_path / "coco_detection.train.jsonl")
-    assert [item["bbox"] for item in row["objects"]] == [[1, 1, 5, 6], [3, 3, 2, 2], [4, 4, 2, 2]]
+    assert [item["bbox"] for item in row["objects"]] == [
+        [1, 1, 5, 6],
+        [3, 3, 2, 2],
+        [4, 4, 2, 2],
+        [5, 4, 2, 2],
+        [6, 4, 2, 2],
+    ]
     assert not any("segmentation" in item for item in row["objects"])
 
 

@@ -1,0 +1,92 @@
+"""A recipe of masked data modeling that writes down every sample it draws; STOP_AT=N asks it to stop at draw N."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from beit3.config import Run, config, replace
+from beit3.pretrain.masked_batches import MaskedBatch
+from beit3.pretrain.masked_data_modeling import MaskedDataModeling, MaskedDataModelingConfig
+from beit3.recipes import load_recipe
+from beit3.train.task import Loader
+
+
+@config
+class LedgerConfig(MaskedDataModelingConfig):
+    def build(self) -> LedgerTask:
+        return LedgerTask(self)
+
+
+class LedgerTask(MaskedDataModeling):
+    def train_loader(self, run: Run, rank: int, world_size: int) -> Loader[MaskedBatch]:
+        return Ledger(super().train_loader(run, rank, world_size), run.folder / f"ledger-{rank}.jsonl")
+
+
+class Ledger:
+    """A loader that appends a line for each draw."""
+
+    def __init__(self, loader: Loader[MaskedBatch], path: Path) -> None:
+        self.loader, self.path, self.draw = loader, path, 0
+
+    @property
+    def skipped(self) -> Counter[str]:
+        return self.loader.skipped
+
+    @property
+    def used(self) -> int:
+        return self.loader.used
+
+    @property
+    def keys(self) -> Sequence[str]:
+        return self.loader.keys
+
+    def __iter__(self) -> Iterator[MaskedBatch]:
+        for batch in self.loader:
+            self.draw += 1
+            with open(self.path, "a") as file:
+                file.write(json.dumps([self.draw, list(self.keys)]) + "\n")
+            if self.draw == int(os.environ.get("STOP_AT", "0")):
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"loader": self.loader.state_dict(), "draw": self.draw}
+
+    def load_state_dict(self, states: Sequence[Mapping[str, Any]]) -> None:
+        self.loader.load_state_dict([state["loader"] for state in states])
+        self.draw = states[0]["draw"]
+
+
+def recipe() -> Run:
+    """Pairs, pictures and texts, a tiny model, saved every few steps."""
+    run = load_recipe("recipe:pretrain/mdm_emoji:debug")
+    assert isinstance(run, Run)
+    assert isinstance(run.task, MaskedDataModelingConfig)
+    fields = {field.name: getattr(run.task, field.name) for field in dataclasses.fields(run.task)}
+    changes: dict[str, Any] = {
+        "loop.steps": 300,
+        "loop.save_every": 3,
+        "loop.log_every": 1,
+        "loop.num_workers": 1,
+        "mesh.timeout": 20,
+    }
+    changes |= {"task.model.drop_path": 0.0, "precision": "fp32", "device": "cpu", "optim.ema_decay": 0.9}
+    return replace(replace(run, name="ledger", task=LedgerConfig(**fields)), **changes)
+
+
+def read_ledger(folder: Path, rank: int) -> dict[int, list[str]]:
+    """Samples of every draw of a rank, as it was made last; a line that a kill cut short counts for nothing."""
+    found: dict[int, list[str]] = {}
+    text = (folder / f"ledger-{rank}.jsonl").read_text()
+    for line in text[: text.rfind("\n") + 1].splitlines():
+        if line.startswith("[") and line.endswith("]]"):
+            draw, keys = json.loads(line)
+            found[draw] = keys
+    return found
