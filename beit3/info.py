@@ -12,8 +12,9 @@ from beit3.config import require
 from beit3.data.shard_writer import PrepareReport
 from beit3.data.shards import REPORT_FILE
 from beit3.data.source import TOKENIZER_FILE, find_source
+from beit3.data.verify import verify_folder
 from beit3.data.visual_codes import SETTINGS_FILE, CodeTable
-from beit3.errors import ConfigError, DataMissingError
+from beit3.errors import BadDataError, ConfigError, DataMissingError
 from beit3.model.build import AnyModel
 from beit3.model.exchange import CONFIG_FILE, read_tensors
 from beit3.model.released_files import read_official
@@ -38,6 +39,7 @@ def info(
     number: int = 2000,
     teacher: str | None = None,
     teacher_size: int = 224,
+    verify: bool = False,
 ) -> None:
     """Say what a file or folder holds; for a visual tokenizer, write a page of what its codes mean.
 
@@ -50,6 +52,10 @@ def info(
         teacher: KIND:NAME of the teacher to compare with, such as clip:openai/clip-vit-base-patch16 or timm:FOLDER;
             left out, the one the tokenizer's folder names. Released files name none.
         teacher_size: side in pixels of what that teacher sees.
+        verify: read every byte of prepared data and name what is damaged.
+
+    Raises:
+        BadDataError: prepared data are damaged.
     """
     require((page is None) == (images is None), "a page needs both --page and --images")
     require(number >= 1, f"--number must be at least 1, not {number}")
@@ -59,6 +65,9 @@ def info(
         raise held
     if isinstance(held, CheckpointReport):
         held.require_whole()
+    if verify:
+        require(isinstance(held, PrepareReport), f"{source} is no prepared data: --verify reads those alone")
+        _verify(place)
     if page is None or images is None:
         return
     if not isinstance(held, VQKD):
@@ -71,6 +80,14 @@ def info(
     run = place.parent if place.name == EXPORT else None
     write_tokenizer_page(page, held, pictures, title=title, lead=lead, teacher=compared, run=run)
     print(f"{page}: written")
+
+
+def _verify(folder: Path) -> None:
+    """Compare prepared data with what was recorded when they were written."""
+    damaged = verify_folder(folder)
+    print("\n".join(damaged) if damaged else "  verified    every file and sample is as it was written")
+    if damaged:
+        raise BadDataError(f"{folder} is damaged ({len(damaged)} lines above): restore it, or prepare it again")
 
 
 def open_source(source: Path) -> tuple[Path, Held, list[str]]:

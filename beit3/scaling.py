@@ -418,9 +418,9 @@ def count_memory(
     late = 0.0
     buffers = {"DDP's gradient buckets": 4.0 * counts.trained if gpus > 1 else 0.0}
     if shard > 1:
-        passing = numbers.compute * (counts.parameters if not run.mesh.reshard else counts.rest + 2 * counts.block)
-        buffers = {"gathered weights": passing + numbers.compute * (counts.rest + counts.block) + 4 * counts.block}
-        late = 4.0 * counts.rest  # what is outside of blocks is reduced last, in fp32
+        gathered = counts.rest + 2 * counts.block if run.mesh.reshard else counts.parameters
+        buffers = {"gathered weights": float(numbers.compute * gathered)}
+        late = (numbers.compute + 4.0) * (counts.rest + counts.block)  # whole gradients, and in fp32 to be reduced
     host = 0.0
     if run.mesh.offload:
         host, states = sum(states.values()) + gradients, dict.fromkeys(states, 0.0)

@@ -45,6 +45,8 @@ from beit3.train.loop import fit
 
 COUNT, WORDS = 32, 64
 """Pairs, images and texts of a batch of the first table, and tokens of a text."""
+VOCABULARY = 2000
+"""Ids of the tokenizer of the second table's texts."""
 CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "mdm small": ("pretrain/mdm_base", 1, {"batch": 8, "size": "small"}),
     "mdm small, 2 ranks": ("pretrain/mdm_base", 2, {"batch": 16, "size": "small"}),
@@ -80,7 +82,7 @@ def case_run(name: str, tiny: bool = False) -> Run:
         model = replace(model, width=32, num_heads=2, ffn_width=128, num_layers=2, fusion_layers=1)
     own = {"task.model": model, "task.text_tokenizer": Path("tokenizer.spm"), "task.max_text_length": 16}
     if "superclass" in recipe:
-        own = {"task.model": model, "task.vocabulary": Path("tokenizer.spm")}
+        own = {"task.model": replace(model, vocab_size=VOCABULARY), "task.vocabulary": Path("tokenizer.spm")}
     if "mdm" in recipe:
         own["task.visual_tokenizer"] = Path("vqkd")
     for stream, folder in (("pairs", "pairs"), ("images", "pairs"), ("texts", "text")):
@@ -133,7 +135,7 @@ def prepare(folder: Path) -> None:
     """Write the corpus and the tokenizers."""
     write_emoji(folder / "data")
     texts = [text for cell in load_cells("google", heldout=False) for text in texts_of(cell)]
-    train_text_tokenizer(iter(texts), 2000, character_coverage=1.0).save(folder / "tokenizer.spm")
+    train_text_tokenizer(iter(texts), VOCABULARY, character_coverage=1.0).save(folder / "tokenizer.spm")
     VQKD(vqkd_config("vqkd_base_clip", decoder_depth=3)).save(folder / "vqkd")
 
 

@@ -79,8 +79,9 @@ def _own_signals() -> Iterator[None]:
 
 
 def _settle(worker: int) -> None:
-    """Let a new data process keep what it was forked with: collecting tensors of a GPU there is an error."""
-    gc.freeze()
+    """Prepare a new data process."""
+    gc.freeze()  # it must not collect what it was forked with: freeing tensors of a GPU there is an error
+    warnings.filterwarnings("ignore", module="PIL")  # odd pictures are counted or harmless
 
 
 def _unchanged(item: Any) -> Any:

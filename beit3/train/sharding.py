@@ -134,10 +134,11 @@ def clip_and_measure(task: nn.Module, clip: float | None) -> float:
     for parameter in task.parameters():
         if parameter.grad is not None:
             (divided if isinstance(parameter.grad, DTensor) else whole).append(parameter.grad)
-    if divided:
-        for gradient in whole:
-            dist.all_reduce(gradient, op=dist.ReduceOp.SUM)
-            gradient /= dist.get_world_size()
+    if not divided:
+        return float(nn.utils.clip_grad_norm_([p for p in task.parameters() if p.grad is not None], clip or math.inf))
+    for gradient in whole:
+        dist.all_reduce(gradient, op=dist.ReduceOp.SUM)
+        gradient /= dist.get_world_size()
     groups = [group for group in (whole, divided) if group]
     norm = math.hypot(*(_norm(group) for group in groups))
     if clip is not None and clip < norm + 1e-6:  # torch's rule

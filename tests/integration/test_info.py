@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -192,3 +193,21 @@ def test_a_page_without_its_teacher_says_so(place: Path) -> None:
     assert "No comparison: teacher &#39;gone/nowhere&#39; could not be loaded" in page
     assert "The four codes used most" in page
     assert "cosine to the teacher" not in page
+
+
+def test_prepared_data_are_verified_when_asked_and_damage_is_named(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = place / "copied"
+    shutil.copytree(place / "data" / "pairs", folder)
+    assert run_command(["info", str(folder), "--verify"]) == 0
+    assert "every file and sample is as it was written" in capsys.readouterr().out
+    shard = folder / "shard-00000.tar"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    assert run_command(["info", str(folder), "--verify"]) == 1
+    told = capsys.readouterr()
+    assert "shard-00000.tar: not the contents that were written (SHA-256)" in told.out
+    assert "is damaged" in told.err
+    assert run_command(["info", str(place / "runs" / "text_emoji"), "--verify"]) == 2
