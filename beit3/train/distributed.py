@@ -13,6 +13,7 @@ import signal
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -212,7 +213,7 @@ def join_ranks(device_name: str, timeout: float = DEFAULT_TIMEOUT) -> Iterator[R
         timeout: seconds that ranks wait for each other.
 
     Raises:
-        RankLostError: (from the body) another rank ended or hangs.
+        RankLostError: the ranks did not meet; or, from the body, another one ended or hangs.
     """
     device = choose_device(device_name)
     if device.type == "cuda":
@@ -221,7 +222,7 @@ def join_ranks(device_name: str, timeout: float = DEFAULT_TIMEOUT) -> Iterator[R
         yield Ranks(0, 1, device)
         return
     limit = timedelta(seconds=timeout)
-    store, rank, world_size = next(rendezvous("env://", timeout=limit))
+    store, rank, world_size = _meet(limit)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=PrefixStore("group", store), rank=rank, world_size=world_size, timeout=limit)
     patient, background = (dist.new_group(backend="gloo", timeout=wait) for wait in (_PATIENCE, limit))
@@ -242,6 +243,45 @@ def join_ranks(device_name: str, timeout: float = DEFAULT_TIMEOUT) -> Iterator[R
     finally:
         pulse.leave()
         dist.destroy_process_group()
+
+
+def _meet(limit: timedelta) -> tuple[Store, int, int]:
+    """Find the other ranks where the environment says: a store of this start alone, this rank, and how many there are.
+
+    Raises:
+        RankLostError: not all came in time.
+    """
+    try:
+        store, rank, world_size = next(rendezvous("env://", timeout=limit))
+        store.set_timeout(limit)
+        return PrefixStore(_name_start(store, rank, world_size, limit), store), rank, world_size
+    except (dist.DistError, TimeoutError) as error:
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise RankLostError(
+            f"the {os.environ['WORLD_SIZE']} ranks did not meet at {place} within {limit.total_seconds():g} seconds: "
+            "see whether all were started, and reach that place"
+        ) from error
+
+
+def _name_start(store: Store, rank: int, world_size: int, limit: timedelta) -> str:
+    """Agree on a name that no earlier start had: torchrun's store still holds what the ranks said that it restarts."""
+    own = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"hello/{rank}", own)
+        name = store.get(f"welcome/{own}").decode()  # by one who has read what was written just now
+        store.add(f"present/{name}", 1)
+        return name
+    deadline = time.monotonic() + limit.total_seconds()
+    answered: dict[int, bytes] = {}
+    while store.add(f"present/{own}", 0) < world_size - 1:
+        for other in range(1, world_size):
+            if store.check([f"hello/{other}"]) and (said := store.get(f"hello/{other}")) != answered.get(other):
+                store.set(f"welcome/{said.decode()}", own)
+                answered[other] = said
+        if time.monotonic() > deadline:
+            raise TimeoutError
+        time.sleep(0.02)
+    return own
 
 
 def _is_of_the_network(error: RuntimeError) -> bool:

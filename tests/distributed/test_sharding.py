@@ -51,6 +51,7 @@ class Case:
     """The contrastive loss is not that of the joined batch where batches are accumulated."""
     optimizer: str = "adamw"
     dtype: torch.dtype = torch.float32
+    compiled: bool = False
 
 
 CASES = {
@@ -62,6 +63,7 @@ CASES = {
     "divided_offloaded": Case(2, MeshConfig(shard=0, offload=True)),
     "divided_muon": Case(2, MeshConfig(shard=0), optimizer="nmuon"),
     "divided_bf16": Case(2, MeshConfig(shard=0), dtype=torch.bfloat16),
+    "divided_compiled": Case(2, MeshConfig(shard=0), compiled=True),
     "divided_by_four": Case(4, MeshConfig(shard=0)),
     "hybrid": Case(4, MeshConfig(shard=2)),
 }
@@ -107,6 +109,8 @@ def learn(case: Case, ranks: Ranks) -> dict[str, Any]:
     steps = parts_of_steps(task)
     ema = ModelEmaV3(task, decay=0.5)
     alone = ranks.world_size == 1
+    if case.compiled and not alone:
+        task.compile()
     model = divide(task, MeshConfig() if alone else case.mesh, ranks, case.dtype)
     if is_divided(task):
         divide(ema.module, case.mesh, ranks, case.dtype)

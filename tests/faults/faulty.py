@@ -1,4 +1,7 @@
-"""A recipe that fits a line and misbehaves: FAULT=KIND:RANK:STEP in the environment says how, where and when."""
+"""A recipe that fits a line and misbehaves: FAULT=KIND:RANK:STEP in the environment says how, where and when.
+
+What torchrun has restarted behaves.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +70,8 @@ class Faulty(Task[Tensor]):
         for layer in self.layers:
             states = layer(states)
         loss = (states - batch[:, :1]).square().mean()
-        kind, rank, step = os.environ.get("FAULT", "none:0:0").split(":")
+        restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        kind, rank, step = ("none:0:0" if restarted else os.environ.get("FAULT", "none:0:0")).split(":")
         if self.rank == int(rank) and (self.step == int(step) or (kind == "always_nan" and self.step >= int(step))):
             loss = misbehave(kind, loss)
         return {"loss": loss}

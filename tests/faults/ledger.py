@@ -90,3 +90,9 @@ def read_ledger(folder: Path, rank: int) -> dict[int, list[str]]:
             draw, keys = json.loads(line)
             found[draw] = keys
     return found
+
+
+def in_order_of_streams(first: Sequence[str], second: Sequence[str]) -> list[str]:
+    """Join what two ranks drew as one rank has it: stream by stream, rank by rank."""
+    streams = dict.fromkeys(key.partition("/")[0] for key in first)
+    return [key for stream in streams for keys in (first, second) for key in keys if key.startswith(f"{stream}/")]

@@ -6,7 +6,6 @@ As a program (`test_kills.py FOLDER KILLS`) this is the driver that forks, kills
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import os
 import random
@@ -18,7 +17,7 @@ import time
 import traceback
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
@@ -28,28 +27,10 @@ from beit3.cli import run_command
 from beit3.train.checkpoint import list_checkpoints
 from beit3.train.log import read_log
 
-if TYPE_CHECKING:
-    from tests.conftest import Workspace
-
 pytestmark = pytest.mark.distributed
 RECIPE = Path(__file__).with_name("ledger.py")
 _LONGEST = 120.0
 """Seconds after which ranks that should have ended hang."""
-
-
-def ledger() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("_ledger", RECIPE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def make_place(workspace: Workspace, folder: Path) -> Path:
-    for name in ("data", "runs"):
-        (folder / name).symlink_to(workspace.folder / name, target_is_directory=True)
-    return folder
 
 
 def drive(folder: Path, *arguments: str, seconds: float) -> None:
@@ -75,13 +56,12 @@ def digest_of(run: Path, scratch: Path) -> str:
 @pytest.mark.parametrize(
     "kills", [pytest.param(4, id="4"), pytest.param(100, id="100", marks=[pytest.mark.slow, pytest.mark.timeout(3000)])]
 )
-def test_kills_lose_no_sample_repeat_none_and_change_nothing(workspace: Workspace, tmp_path: Path, kills: int) -> None:
-    place = make_place(workspace, tmp_path)
+def test_kills_lose_no_sample_repeat_none_and_change_nothing(place: Path, ledger: ModuleType, kills: int) -> None:
     drive(place, str(place), str(kills), seconds=280 if kills < 10 else 2900)
     told = json.loads((place / "kills.json").read_text())
     assert sum(run["kills"] for run in told["runs"]) == kills
     assert told["hung"] == 0
-    read = ledger().read_ledger
+    read = ledger.read_ledger
     whole = place / "out" / "whole"
     right = [read(whole, rank) for rank in range(2)]
     for run in told["runs"]:
@@ -93,27 +73,20 @@ def test_kills_lose_no_sample_repeat_none_and_change_nothing(workspace: Workspac
         assert not list((folder / "checkpoints").glob("*.tmp-*"))
 
 
-def test_one_two_and_one_ranks_draw_the_same_samples_and_learn_the_same(workspace: Workspace, tmp_path: Path) -> None:
+def test_one_two_and_one_ranks_draw_the_same_samples_and_learn_the_same(place: Path, ledger: ModuleType) -> None:
     """Global batch constant, ranks x data processes constant: 1 x 2, 2 x 1, 1 x 2."""
-    place = make_place(workspace, tmp_path)
     drive(place, str(place), "elastic", seconds=280)
-    read = ledger().read_ledger
+    read = ledger.read_ledger
     whole = read(place / "out" / "whole", 0)
     chain = place / "out" / "chain"
     first, second = read(chain, 0), read(chain, 1)
     assert len(whole) == 20
     for draw, keys in whole.items():
-        together = first[draw] if draw not in second else _in_order_of_streams(first[draw], second[draw])
+        together = first[draw] if draw not in second else ledger.in_order_of_streams(first[draw], second[draw])
         assert together == keys, draw
     assert set(second) == set(range(8, 15))
     losses = [[record["loss"] for record in read_log(place / "out" / name)] for name in ("whole", "chain")]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
-
-
-def _in_order_of_streams(first: list[str], second: list[str]) -> list[str]:
-    """Join what two ranks drew as one rank has it: stream by stream, rank by rank."""
-    streams = dict.fromkeys(key.partition("/")[0] for key in first)
-    return [key for stream in streams for keys in (first, second) for key in keys if key.startswith(f"{stream}/")]
 
 
 def start(name: str, size: int, *more: str, stop_at: int = 0) -> list[int]:

@@ -10,14 +10,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
-from beit3.errors import ConfigError
-from beit3.train.distributed import Place, Pulse, choose_device
+from beit3.errors import ConfigError, RankLostError
+from beit3.train.distributed import Place, Pulse, _name_start, choose_device, join_ranks
 
 ELSEWHERE = "another.host"
 
@@ -108,6 +109,31 @@ def test_a_rank_speaks_at_most_once_a_second(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("beit3.train.distributed._BEAT", 0.0)
     pulse.say(50)
     assert json.loads(store.get("beat/0"))[0] == 50
+
+
+def test_ranks_meet_under_a_name_of_their_own_whatever_an_earlier_start_left() -> None:
+    store: Store = getattr(dist, "HashStore")()  # noqa: B009 - hidden from type checkers
+    store.set_timeout(timedelta(seconds=5))
+    names = []
+    for order in ((2, 0, 1), (0, 1, 2), (1, 2, 0)):
+        with ThreadPoolExecutor() as pool:
+            found = []
+            for rank in order:
+                found.append(pool.submit(_name_start, store, rank, 3, timedelta(seconds=5)))
+                time.sleep(0.05)
+            names.append({each.result() for each in found})
+    assert [len(each) for each in names] == [1, 1, 1]
+    assert len(set.union(*names)) == 3
+
+
+def test_ranks_that_do_not_meet_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(one.getsockname()[1])}
+    for name, value in {**place, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RankLostError, match="the 2 ranks did not meet at"), join_ranks("cpu", timeout=0.5):
+        pass
 
 
 def test_an_unknown_device_is_one_line() -> None:

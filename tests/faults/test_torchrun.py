@@ -1,0 +1,179 @@
+"""Under torchrun, runs whose ranks hang, die or lose their machine end at once, or go on as if nothing had happened."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from beit3.train.log import read_log
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+HERE = Path(__file__).parent
+TIMEOUT = 4.0
+"""Seconds that ranks of the faulty recipe wait for each other."""
+LONGEST = 150.0
+
+
+@dataclass(frozen=True)
+class Agent:
+    """A torchrun under way."""
+
+    process: subprocess.Popen[str]
+    mark: bytes
+    """Part of the environment of all that it starts; torchrun gives its ranks sessions of their own."""
+
+    def kill(self) -> None:
+        """The ranks as well."""
+        for process in self.processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+
+    def processes(self) -> list[int]:
+        """All that it started and itself, as long as they run."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if self.mark in (path / "environ").read_bytes():
+                    found.append(int(path.name))
+        return found
+
+
+def start(
+    folder: Path, recipe: str, launch: list[str], name: str, *, fault: str = "none:0:0", more: Sequence[str] = ()
+) -> Agent:
+    """Start torchrun with a recipe."""
+    command = [sys.executable, "-m", "torch.distributed.run", *launch, "-m", "beit3", "train", str(HERE / recipe)]
+    mark = uuid.uuid4().hex
+    own = {"OMP_NUM_THREADS": "1", "FAULT": fault, "PYTHONPATH": str(HERE.parent.parent), "MARK": mark}
+    process = subprocess.Popen(
+        [*command, "--name", name, "--out", "out", "--resume", *more],
+        cwd=folder,
+        env={**os.environ, **own},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    return Agent(process, mark.encode())
+
+
+def ended(*agents: Agent) -> tuple[list[int], str]:
+    """Exit codes of all agents, and what they said; whatever hangs is killed."""
+    try:
+        said = [agent.process.communicate(timeout=LONGEST)[1] for agent in agents]
+        return [agent.process.returncode for agent in agents], "\n".join(said)
+    except subprocess.TimeoutExpired as error:
+        pytest.fail(f"hangs: {(error.stderr or b'').decode()}")
+    finally:
+        for agent in agents:
+            agent.kill()
+
+
+def two_machines(smallest: int) -> tuple[int, list[str]]:
+    """The port where two agents of one rank meet, and how each is started."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
+    place = f"127.0.0.1:{port}"
+    meet = ["--rdzv-backend", "c10d", "--rdzv-endpoint", place, "--rdzv-id", "test"]
+    meet += ["--rdzv-conf", "last_call_timeout=5"]  # seconds to wait for more machines than are needed
+    return port, [*meet, "--nnodes", f"{smallest}:2", "--nproc-per-node", "1", "--max-restarts", "3"]
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as one:
+        return one.connect_ex(("127.0.0.1", port)) == 0
+
+
+def wait_until(ready: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + LONGEST
+    while not ready():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the run of the faulty recipe to which nothing happened."""
+    folder = tmp_path_factory.mktemp("torchrun")
+    codes, said = ended(start(folder, "faulty.py", ["--standalone", "--nproc-per-node", "2"], "whole"))
+    assert codes == [0], said
+    return folder
+
+
+def assert_equal_runs(folder: Path, name: str) -> None:
+    ours, theirs = (torch.load(folder / "out" / run / "export" / "weights.pt") for run in (name, "whole"))
+    for key, value in theirs.items():
+        assert torch.equal(ours[key], value), key
+    losses = [[record["loss"] for record in read_log(folder / "out" / run)] for run in (name, "whole")]
+    assert losses[0] == losses[1]
+
+
+def test_a_hang_ends_torchrun_within_the_timeout_and_leaves_no_process(whole: Path) -> None:
+    started = start(whole, "faulty.py", ["--standalone", "--nproc-per-node", "2"], "hang", fault="stop:1:5")
+    steps = whole / "out" / "hang" / "log.jsonl"
+    wait_until(lambda: steps.exists() and bool(records := read_log(steps.parent)) and records[-1]["step"] == 4)
+    begun = time.monotonic()
+    assert len(started.processes()) == 3
+    started.process.wait(LONGEST)
+    assert time.monotonic() - begun < TIMEOUT + 5
+    assert not started.processes()
+    codes, said = ended(started)
+    assert codes == [1]
+    assert "rank 0 waited in vain for rank 1" in said
+    assert "which hangs" in said
+
+
+@pytest.mark.parametrize("fault", ["stop:1:5", "kill:0:5", "exit:1:5"])
+def test_torchrun_restarts_a_run_that_lost_a_rank(whole: Path, fault: str) -> None:
+    launch = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
+    name = fault.replace(":", "-")
+    codes, said = ended(start(whole, "faulty.py", launch, name, fault=fault))
+    assert codes == [0], said
+    assert_equal_runs(whole, name)
+
+
+def test_two_machines_restart_together(whole: Path) -> None:
+    _, launch = two_machines(smallest=2)
+    codes, said = ended(*(start(whole, "faulty.py", launch, "machines", fault="kill:1:5") for _ in range(2)))
+    assert codes == [0, 0], said
+    assert_equal_runs(whole, "machines")
+
+
+def test_a_run_goes_on_with_the_machine_that_is_left(place: Path, ledger: ModuleType) -> None:
+    """Two ranks of one data process each become one rank of two; no sample is lost, none is drawn twice."""
+    alone = start(place, "ledger.py", ["--standalone"], "whole", more=["--loop.steps", "60", "--loop.num-workers", "2"])
+    codes, said = ended(alone)
+    assert codes == [0], said
+    port, launch = two_machines(smallest=1)
+    left = start(place, "ledger.py", launch, "elastic", more=["--loop.steps", "60"])
+    wait_until(lambda: listens(port))  # the first is where they meet: a run does not outlive that
+    lost = start(place, "ledger.py", launch, "elastic", more=["--loop.steps", "60"])
+    run = place / "out" / "elastic"
+    wait_until(lambda: (run / "ledger-1.jsonl").exists() and len(ledger.read_ledger(run, 1)) >= 20)
+    lost.kill()
+    codes, said = ended(left)
+    assert codes == [0], said
+    whole, first, second = (
+        ledger.read_ledger(place / "out" / name, rank) for name, rank in (("whole", 0), ("elastic", 0), ("elastic", 1))
+    )
+    assert len(whole) == 60
+    for draw, keys in whole.items():
+        together = (
+            first[draw] if len(first[draw]) == len(keys) else ledger.in_order_of_streams(first[draw], second[draw])
+        )
+        assert together == keys, draw
+    losses = [[record["loss"] for record in read_log(place / "out" / name)] for name in ("whole", "elastic")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
