@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from beit3.errors import BeitError
-from beit3.train.checkpoint import MANIFEST, damaged_files, list_checkpoints, read_manifest
+from beit3.train.checkpoint import list_checkpoints
+from beit3.train.manifest import MANIFEST, damaged_files, read_manifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +41,15 @@ def describe_checkpoints(source: Path) -> CheckpointReport:
         ConfigError: one was written by a newer version of this package, in a form not known here.
     """
     found = list_checkpoints(source)
+    model = "  model       none here: load the folder 'export' of the run"
     if not found:
-        return _describe_one(source)
+        one = _describe_one(source)
+        return CheckpointReport([*one.lines, model], one.damaged)
     parts = [_describe_one(path) for path in found]
     whole = [path.name for path, part in zip(found, parts, strict=True) if not part.damaged]
     newest = f"--resume takes {whole[-1]}" if whole else "none is whole"
     return CheckpointReport(
-        [f"{source}: {len(found)} checkpoints, {newest}", *(f"  {part.lines[0]}" for part in parts)],
+        [f"{source}: {len(found)} checkpoints, {newest}", *(f"  {part.lines[0]}" for part in parts), model],
         [path for part in parts for path in part.damaged],
     )
 

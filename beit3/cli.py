@@ -14,12 +14,15 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import tyro
 
 from beit3.config import Run, nearest
 from beit3.errors import BeitError, ConfigError
+
+if TYPE_CHECKING:
+    from beit3.recipes import AnyRun
 
 Arguments = Sequence[str]
 T = TypeVar("T")
@@ -32,6 +35,11 @@ def main() -> None:
 
 def run_command(arguments: Arguments) -> int:
     """Run a verb and return the exit code; errors of the package and of the system become one line on stderr."""
+    try:
+        os.getcwd()
+    except OSError:  # libraries of PyTorch end a process that starts there
+        print("beit3: the current folder was deleted: go to another one", file=sys.stderr)
+        return ConfigError.exit_code
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
@@ -72,17 +80,12 @@ def _name_reason(error: OSError) -> str:
 def _train(arguments: Arguments) -> None:
     """Train a recipe: beit3 train FILE[:variant] [--field value ...]."""
     from beit3.pretrain.text_tokenizer import train_from_corpora
-    from beit3.recipes import list_recipes, load_recipe
+    from beit3.recipes import list_recipes
     from beit3.train.loop import fit
 
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print("usage: beit3 train FILE[:variant] [--field value ...]\n\nrecipes:")
-        print("\n".join(f"  recipe:{name}" for name in list_recipes()))
-        print("\nbeit3 train FILE --help lists the fields.")
-        return
-    if arguments[0].startswith("-"):
-        raise ConfigError(f"beit3 train needs a recipe before '{arguments[0]}': beit3 train FILE[:variant] ...")
-    default = load_recipe(arguments[0])
+    names = "\n".join(f"  recipe:{name}" for name in list_recipes())
+    told = f"recipes:\n{names}\n\nbeit3 train FILE --help lists the fields."
+    default = _recipe_of(arguments, "beit3 train FILE[:variant] [--field value ...]", told)
     run = _override(default, arguments[1:], f"beit3 train {arguments[0]}")
     if isinstance(run, Run):
         fit(run)
@@ -93,23 +96,30 @@ def _train(arguments: Arguments) -> None:
 
 def _plan(arguments: Arguments) -> None:
     """What a run needs on other machines: beit3 plan FILE[:variant] --gpus N [--gpu h100] [--field value ...]."""
-    from beit3.plan import PlanOptions, print_plan
-    from beit3.recipes import load_recipe
+    from beit3.plan.page import PlanOptions, print_plan
 
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print("usage: beit3 plan FILE[:variant] --gpus N [--gpu h100] [--field value ...]")
-        print("\nMemory, time, traffic, data and checkpoints of a run on GPUs that need not be here.")
-        print("beit3 plan FILE --help lists the options; fields are those of beit3 train FILE.")
-        return
-    if arguments[0].startswith("-"):
-        raise ConfigError(f"beit3 plan needs a recipe before '{arguments[0]}': beit3 plan FILE[:variant] --gpus N ...")
+    told = """Memory, time, traffic, data and checkpoints of a run on GPUs that need not be here.
+beit3 plan FILE --help lists the options; fields are those of beit3 train FILE."""
+    usage = "beit3 plan FILE[:variant] --gpus N [--gpu h100] [--field value ...]"
+    default = _recipe_of(arguments, usage, told)
     prog = f"beit3 plan {arguments[0]}"
-    default = load_recipe(arguments[0])
     if not isinstance(default, Run):
         raise ConfigError(f"{arguments[0]} trains no network: there is nothing to plan")
     with _one_line(prog):
         options, fields = tyro.cli(PlanOptions, args=list(arguments[1:]), prog=prog, return_unknown_args=True)
     print_plan(_override(default, fields, prog), options)
+
+
+def _recipe_of(arguments: Arguments, usage: str, told: str) -> AnyRun:
+    """The run of the recipe that the first argument names; help ends the command."""
+    from beit3.recipes import load_recipe
+
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(f"usage: {usage}\n\n{told}")
+        raise SystemExit(0)
+    if arguments[0].startswith("-"):
+        raise ConfigError(f"{' '.join(usage.split()[:2])} needs a recipe before '{arguments[0]}': {usage}")
+    return load_recipe(arguments[0])
 
 
 def _prepare(arguments: Arguments) -> None:
@@ -125,10 +135,10 @@ def _prepare(arguments: Arguments) -> None:
         raise ConfigError(f"beit3 prepare knows no '{kind}'; {nearest(kind, (*corpora, *FINETUNING_SETS))}")
 
     @functools.wraps(FINETUNING_SETS[kind])
-    def prepare(*args: Any, **named: Any) -> None:
+    def _prepare_set(*args: Any, **named: Any) -> None:
         print("\n".join(FINETUNING_SETS[kind](*args, **named).lines()))
 
-    _call(prepare, arguments[1:], f"beit3 prepare {kind}")
+    _call(_prepare_set, arguments[1:], f"beit3 prepare {kind}")
 
 
 def _prepare_corpus(arguments: Arguments) -> None:
@@ -188,10 +198,10 @@ def _convert(arguments: Arguments) -> None:
     from beit3.convert import convert
 
     @functools.wraps(convert)
-    def run(*args: Any, **named: Any) -> None:
+    def _run(*args: Any, **named: Any) -> None:
         print(convert(*args, **named))
 
-    _call(run, arguments, "beit3 convert")
+    _call(_run, arguments, "beit3 convert")
 
 
 def _tokenize(arguments: Arguments) -> None:
@@ -276,11 +286,11 @@ def _call(function: Callable[..., None], arguments: Arguments, prog: str) -> Non
     """Call a function with arguments of the command line; parsing ends before it starts."""
 
     @functools.wraps(function)
-    def bind(*args: object, **named: object) -> Callable[[], None]:
+    def _bind(*args: object, **named: object) -> Callable[[], None]:
         return functools.partial(function, *args, **named)
 
     with _one_line(prog):
-        call = tyro.cli(bind, args=list(arguments), prog=prog)
+        call = tyro.cli(_bind, args=list(arguments), prog=prog)
     call()
 
 

@@ -43,6 +43,7 @@ def config(cls: type[T]) -> type[T]:
 
     @functools.wraps(build)
     def checked_init(self: Any, *args: Any, **values: Any) -> None:
+        """Name what is wrong with the fields before the dataclass does."""
         if args:
             raise ConfigError(f"{cls.__name__} takes fields by name only")
         for name in values:
@@ -298,6 +299,20 @@ class MeshConfig:
         require(not self.offload or self.shard != 1, "mesh.offload needs divided weights: set mesh.shard to 0")
         require(self.timeout > 0, f"mesh.timeout must be above 0 seconds, not {self.timeout}")
 
+    def ranks_of_copy(self, world_size: int) -> int:
+        """How many ranks share one copy of weights, gradients and optimizer state.
+
+        Raises:
+            ConfigError: such groups do not divide the ranks.
+        """
+        size = self.shard or world_size
+        require(
+            world_size % size == 0,
+            f"mesh.shard {size} does not divide the {world_size} ranks: use a divisor, or --mesh.shard 0 for all",
+        )
+        require(size > 1 or not self.offload, "mesh.offload needs weights divided over at least two ranks")
+        return size
+
 
 @config
 class Run:
@@ -325,7 +340,8 @@ class Run:
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self) -> None:
-        require(bool(self.name) and "/" not in self.name, f"name must be a plain folder name, not '{self.name}'")
+        plain = self.name not in (".", "..") and not set("/\\\0") & set(self.name)
+        require(bool(self.name) and plain, f"name must be a plain folder name, not '{self.name}'")
         require(not (self.resume and self.overwrite), "resume and overwrite exclude each other: choose one")
         require(
             self.optim.warmup_steps <= self.loop.steps,

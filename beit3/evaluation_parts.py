@@ -102,7 +102,11 @@ def make_parts(
 def read_parts(parts: Path, rank: int | None = None) -> Iterator[Any]:
     """What was made of each batch, of one rank or of all ranks one after the other, in order."""
     for path in sorted(parts.glob("*.pt" if rank is None else f"{rank:04d}-*.pt")):
-        yield torch.load(path, weights_only=True)
+        try:
+            part = torch.load(path, weights_only=True)
+        except Exception as error:  # damaged bytes raise nearly anything
+            raise ConfigError(f"{path} is damaged: delete it, and the same command makes it again") from error
+        yield part
 
 
 def _part(rank: int, number: int) -> str:

@@ -108,6 +108,7 @@ def keep_features(
     )
 
     def describe(batch: LabelledBatch) -> tuple[Tensor, Tensor]:
+        """(B, D) features of a batch, and its labels."""
         images = batch.to(ranks.device).images
         return tower(tower.preprocess.normalize(images)).cpu(), batch.labels
 

@@ -113,6 +113,7 @@ def _keep_ranks(
     )
 
     def places(batch: LabelledBatch) -> Tensor:
+        """(B,) the rank of each picture's own class."""
         batch = batch.to(ranks.device)
         return class_ranks(judge.score(judge.preprocess.normalize(batch.images)), batch.labels).cpu()
 

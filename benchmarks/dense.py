@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,8 +71,8 @@ class Experiment:
     """Of `--data`, or of what is composed."""
     task: Callable[..., TaskConfig]
     """`detector` or `segmenter`."""
-    columns: dict[str, str]
-    """Heads of the table by names of metrics."""
+    columns: Collection[str]
+    """Names of metrics."""
     steps: int = 800
     composed: bool = False
     """Whether training scenes are composed in the run."""
@@ -120,33 +120,15 @@ def scenes(options: argparse.Namespace, **changes: Any) -> ComposeConfig:
 
 
 _BOXES = {"box_ap": "box AP", "box_ap50": "box AP50", "mask_ap": "mask AP", "mask_ap50": "mask AP50"}
-_REGIONS = {"objects_iou": "mIoU of the classes", "mean_iou": "mIoU with background"}
+_REGIONS = {"objects_iou": "mIoU of the classes", "mean_iou": "mIoU with the background"}
 EXPERIMENTS = {
     "stamps": Experiment("clip art composed on backgrounds, nine classes: detection", "stamps", detector, _BOXES),
-    "maps": Experiment(
-        "regions of maps, one class: detection",
-        "maps",
-        detector,
-        {"mask_ap": "mask AP", "mask_ap50": "mask AP50"},
-        steps=400,
-    ),
+    "maps": Experiment("regions of maps, one class: detection", "maps", detector, ("mask_ap", "mask_ap50"), steps=400),
     "stamps_regions": Experiment(
-        "clip art composed on backgrounds: segmentation",
-        "stamps_regions",
-        segmenter,
-        _REGIONS,
-        steps=2000,
+        "clip art composed on backgrounds: segmentation", "stamps_regions", segmenter, _REGIONS, steps=2000
     ),
     "scenes": Experiment(
         "emoji composed in the run, nine groups: detection", "scenes", detector, _BOXES, steps=400, composed=True
-    ),
-    "scenes_regions": Experiment(
-        "emoji composed in the run: segmentation",
-        "scenes_regions",
-        segmenter,
-        _REGIONS,
-        steps=1000,
-        composed=True,
     ),
 }
 
@@ -171,20 +153,20 @@ def main() -> None:
                 metrics = measure(name, arm, seed, options)
                 found.setdefault(name, {}).setdefault(arm, []).append(metrics)
                 print(f"seed {seed} {name} {arm}: {metrics}", flush=True)
-    show(found)
+    show(found, options)
     write_report(options)
 
 
 def prepare(options: argparse.Namespace) -> None:
-    """Scenes that are held out, and label maps of what has objects."""
+    """Scenes that are held out, and label maps of the composed pictures."""
     made: Path = options.out / "data"
     if not (made / "scenes" / "coco_detection.val.jsonl").is_file():
         write_composites(made / "scenes", scenes(options, held_out=True), 100, 0)
         prepare_coco_detection(made / "scenes", annotations=None)
-    for name, index in (("stamps", "train"), ("stamps", "test"), ("scenes", "val")):
-        source = folder_of(name, options) / f"coco_detection.{index}.jsonl"
-        if source.is_file() and not (made / f"{name}_regions" / source.name).is_file():
-            write_label_maps(source, made / f"{name}_regions")
+    for index in ("train", "test"):
+        source = folder_of("stamps", options) / f"coco_detection.{index}.jsonl"
+        if source.is_file() and not (made / "stamps_regions" / source.name).is_file():
+            write_label_maps(source, made / "stamps_regions")
 
 
 def task_of(name: str, options: argparse.Namespace) -> Any:
@@ -225,22 +207,27 @@ def measure(name: str, arm: str, seed: int, options: argparse.Namespace) -> dict
     return {key: value for key, value in metrics.items() if key in EXPERIMENTS[name].columns}
 
 
-def show(found: dict[str, dict[str, list[dict[str, float]]]]) -> None:
-    """Means and ranges over the seeds, in percent."""
-    print("| data and task | start | figures |")
-    print("|---|---|---|")
-    for name, arms in found.items():
-        for arm, runs in arms.items():
-            cells = [
-                f"{head} {_spread([run.get(key, 0.0) for run in runs])}"
-                for key, head in EXPERIMENTS[name].columns.items()
-            ]
-            print(f"| {EXPERIMENTS[name].title} | {arm} | {', '.join(cells)} |")
+def show(found: dict[str, dict[str, list[dict[str, float]]]], options: argparse.Namespace) -> None:
+    """A table of detection and one of segmentation: means and ranges over the seeds, in percent."""
+    for task, heads in ((detector, _BOXES), (segmenter, _REGIONS)):
+        names = [name for name in found if EXPERIMENTS[name].task is task]
+        if not names:
+            continue
+        print(f"\n| data and task | steps | start | {' | '.join(heads.values())} |")
+        print("|---" * (3 + len(heads)) + "|")
+        for name in names:
+            experiment = EXPERIMENTS[name]
+            lead = f" {experiment.title} | {options.steps or experiment.steps:,} |"
+            for arm, runs in found[name].items():
+                cells = [f" {_spread([run[key] for run in runs])}" if key in runs[0] else "" for key in heads]
+                print(f"|{lead} {arm} |{' |'.join(cells)} |")
+                lead = " | |"
 
 
 def _spread(values: list[float]) -> str:
     shown = [100 * value for value in values]
-    return f"{statistics.mean(shown):.1f} ({min(shown):.1f}-{max(shown):.1f})"
+    mean = f"{statistics.mean(shown):.1f}"
+    return mean if len(shown) == 1 else f"{mean} ({min(shown):.1f}-{max(shown):.1f})"
 
 
 def write_report(options: argparse.Namespace) -> None:

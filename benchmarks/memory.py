@@ -1,13 +1,10 @@
-"""The memory model of `beit3 plan` against PyTorch: two tables.
+"""The memory model of `beit3 plan` against real `beit3 train` processes on this machine's CPU, in fp32.
 
-    python benchmarks/memory.py [--cases NAME ...] [--skip-runs]
+    python benchmarks/memory.py [--cases NAME ...]
 
-1. What autograd keeps of a forward pass on a GPU, for base, large and giant. No GPU is needed: tensors without numbers
-   say that they are on one, so that CUDA's autocast decides what is kept (`torch._subclasses.fake_tensor`).
-2. Real `beit3 train` processes on this machine's CPU, in fp32: the most that one had resident in three steps, over the
-   same command with a model of width 32, beside what the plan says of both. The plan's reserves are left out.
-
-Pictures and captions are the embedded corpus, the visual tokenizer has random weights.
+The most that one had resident in three steps, over the same command with a model of width 32, beside what the plan says
+of both. The plan's reserves are left out. Pictures and captions are the embedded corpus; the visual tokenizer has
+random weights.
 """
 
 from __future__ import annotations
@@ -17,36 +14,24 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd.graph import saved_tensors_hooks
 
 from beit3.config import Run, replace
 from beit3.data.emoji import load_cells, texts_of, write_emoji
 from beit3.data.streams import Source, Stream
-from beit3.model import transformer
-from beit3.model.attention import Plan
-from beit3.model.heads import PretrainingModel
-from beit3.model.memory import BF16, FP32, BatchSizes, Pass, Sequences, cast_bytes, kept_bytes
-from beit3.model.packing import Layout, PackedBatch
-from beit3.model.presets import ModelConfig, model_config
+from beit3.model.memory import FP32
+from beit3.model.presets import model_config
+from beit3.plan.footprint import count_memory, count_parameters
+from beit3.plan.gpus import GIB
 from beit3.recipes import load_recipe
-from beit3.scaling import GIB, count_memory, count_parameters
 from beit3.tokenizer.text import train_text_tokenizer
 from beit3.tokenizer.vqkd import VQKD, vqkd_config
 from beit3.train.checkpoint import Checkpoints
 from beit3.train.loop import fit
 
-COUNT, WORDS = 32, 64
-"""Pairs, images and texts of a batch of the first table, and tokens of a text."""
 VOCABULARY = 2000
-"""Ids of the tokenizer of the second table's texts."""
+"""Ids of the texts' tokenizer."""
 CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "mdm small": ("pretrain/mdm_base", 1, {"batch": 8, "size": "small"}),
     "mdm small, 2 ranks": ("pretrain/mdm_base", 2, {"batch": 16, "size": "small"}),
@@ -67,7 +52,6 @@ CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "clip base": ("pretrain/clip_base", 1, {"batch": 16, "size": "base"}),
 }
 """Recipe, ranks, and what is changed."""
-_MIB = 2**20
 
 
 def case_run(name: str, tiny: bool = False) -> Run:
@@ -140,7 +124,7 @@ def prepare(folder: Path) -> None:
 
 
 def print_runs(names: list[str]) -> None:
-    """The table of real runs."""
+    """Print the table."""
     print("| run | planned GiB | measured GiB | planned / measured |\n|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
@@ -151,96 +135,17 @@ def print_runs(names: list[str]) -> None:
             print(f"| {name} | {said / GIB:.2f} | {seen / GIB:.2f} | {said / seen:.2f} |", flush=True)
 
 
-@contextmanager
-def on_a_gpu() -> Iterator[None]:
-    """CUDA's autocast to bf16 and its attention kernel, for tensors without numbers."""
-    import torch.nn.attention.varlen as kernels
-
-    def one_kernel(layout: Layout, like: Tensor, *_: object) -> Plan:
-        rows = torch.zeros(layout.num_images * layout.vision_length + sum(layout.text_lengths), dtype=torch.int64)
-        return Plan(layout, "varlen", False, rows.to(like.device), rows.to(like.device), rows[:2].int(), 1)
-
-    def flash(q: Tensor, k: Tensor, v: Tensor, *_: object) -> Tensor:
-        bounds = torch.zeros(2, dtype=torch.int32, device=q.device)
-        out: Tensor = torch.ops.aten._flash_attention_forward(q, k, v, bounds, bounds, 1, 1, 0.0, False, False)[0]
-        return out
-
-    patched: Any = transformer
-    before: tuple[Any, Any] = patched.plan_attention, kernels.varlen_attn
-    patched.plan_attention, kernels.varlen_attn = one_kernel, flash  # type: ignore[assignment]
-    torch.set_autocast_enabled("cuda", True)
-    torch.set_autocast_dtype("cuda", torch.bfloat16)
-    torch.autocast_increment_nesting()
-    try:
-        yield
-    finally:
-        if not torch.autocast_decrement_nesting():
-            torch.clear_autocast_cache()
-        torch.set_autocast_enabled("cuda", False)
-        patched.plan_attention, kernels.varlen_attn = before
-
-
-def counted(config: ModelConfig) -> tuple[float, int]:
-    """Bytes that the model says a forward pass keeps, and those that autograd keeps."""
-    with torch.device("meta"):
-        model = PretrainingModel(config).train().backbone
-    copies = cast_bytes(model)[1 if config.activation_checkpointing else 0]
-    storages: dict[int, Any] = {}
-
-    def pack(saved: Tensor) -> Tensor:
-        storages[saved.untyped_storage()._cdata] = saved.untyped_storage()
-        return saved
-
-    texts = 2 * COUNT
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        for module in model.modules():
-            for name, value in list(module.named_parameters(recurse=False)):
-                setattr(module, name, nn.Parameter(torch.empty(value.shape, device="cuda")))
-        weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-        batch = PackedBatch(
-            images=torch.empty(2 * COUNT, 3, *config.image_size, device="cuda"),
-            image_mask=torch.zeros(2 * COUNT, config.num_patches, dtype=torch.bool, device="cuda"),
-            text_ids=torch.zeros(texts * WORDS, dtype=torch.int64, device="cuda"),
-            text_positions=torch.zeros(texts * WORDS, dtype=torch.int64, device="cuda"),
-            text_lengths=(WORDS,) * texts,
-            num_pairs=COUNT,
-        )
-        with on_a_gpu(), saved_tensors_hooks(pack, lambda saved: saved):
-            model.forward_packed(batch)
-    kept = sum(storage.nbytes() for place, storage in storages.items() if place not in weights)
-    patches = 1 + config.num_patches
-    parts = (Sequences(COUNT, patches, WORDS), Sequences(COUNT, patches), Sequences(COUNT, text=WORDS))
-    return kept_bytes(BatchSizes(nn.Module, (Pass(config, parts),), ()), BF16) + copies, kept
-
-
-def print_counted() -> None:
-    """The table of forward passes on a GPU."""
-    print("| model | activations | counted by the plan, MiB | kept by autograd, MiB | ratio |\n|---|---|---|---|---|")
-    for name in ("base_patch16", "large_patch16", "giant_patch14"):
-        for again in (False, True):
-            said, kept = counted(model_config(f"beit3_{name}_224", activation_checkpointing=again))
-            size, kind = name.partition("_")[0], "computed again" if again else "kept"
-            print(
-                f"| {size} | {kind} | {said / _MIB:,.0f} | {kept / _MIB:,.0f} | {said / kept:.3f} |",
-                flush=True,
-            )
-
-
 def main() -> None:
-    """Print the tables, or train for one of their rows."""
+    """Print the table, or train for one of its rows."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--cases", nargs="*", choices=CASES, default=list(CASES))
-    parser.add_argument("--skip-runs", action="store_true")
     parser.add_argument("--train", choices=CASES)
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
     if options.train is not None:
         train(options.train, options.tiny)
         return
-    print_counted()
-    if not options.skip_runs:
-        print()
-        print_runs(options.cases)
+    print_runs(options.cases)
 
 
 if __name__ == "__main__":

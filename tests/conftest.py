@@ -50,6 +50,13 @@ class Workspace:
     def visual_tokenizer(self) -> Path:
         return self.folder / "runs" / "vqkd_emoji" / "export"
 
+    def link(self, folder: Path) -> None:
+        """Lay the data and the tokenizers into another folder, whose `runs` takes runs of its own."""
+        (folder / "data").symlink_to(self.data, target_is_directory=True)
+        (folder / "runs").mkdir()
+        for tokenizer in (self.folder / "runs").iterdir():
+            (folder / "runs" / tokenizer.name).symlink_to(tokenizer, target_is_directory=True)
+
 
 @pytest.fixture(autouse=True)
 def fresh_globals() -> Iterator[None]:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import signal
 import threading
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 
 from beit3.errors import BeitError
+
+_STOP_SIGNALS = {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT}
+"""Asks to end, which often reach all processes of a run at once."""
 
 
 def start_processes(dataset: Any, num_workers: int, *, numbers: Iterable[int] | None = None, fork: bool = False) -> Any:
@@ -41,7 +45,10 @@ def start_processes(dataset: Any, num_workers: int, *, numbers: Iterable[int] | 
             generator=torch.Generator(),  # a seed is drawn for the processes: not from the one that decides drop path
         )
         with _own_signals():
-            return iter(loader)
+            made: Any = iter(loader)
+    if num_workers:
+        atexit.register(_kill, list(made._workers))
+    return made
 
 
 def next_item(made: Iterator[Any]) -> Any:
@@ -69,19 +76,49 @@ def _tells_of_a_death(error: Exception) -> bool:
 
 @contextmanager
 def _own_signals() -> Iterator[None]:
-    """Keep torch from raising wherever the training process happens to be when a data process dies."""
+    """Keep torch from raising wherever the training process happens to be when a data process dies.
+
+    Asks to end wait until the new processes have settled: they inherit the mask.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = signal.getsignal(signal.SIGCHLD)
-    yield
-    signal.signal(signal.SIGCHLD, before)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGCHLD, before)
 
 
 def _settle(worker: int) -> None:
-    """Prepare a new data process."""
+    """Prepare a new data process.
+
+    Asks to end are for the training process: it finishes its step, saves, and ends its data processes itself.
+    """
+    for number in _STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
     gc.freeze()  # it must not collect what it was forked with: freeing tensors of a GPU there is an error
     warnings.filterwarnings("ignore", module="PIL")  # odd pictures are counted or harmless
+
+
+def end_processes(made: Any) -> None:
+    """End the data processes of an iterator of `start_processes` now; left to python, each is waited for 5 seconds."""
+    processes = list(getattr(made, "_workers", []))
+    if processes:
+        made._shutdown_workers()
+    _kill(processes)
+
+
+def _kill(processes: list[Any]) -> None:
+    """End data processes that do not end by themselves, such as one that waits for what another held that died."""
+    with suppress(ValueError):  # closed already, and so are the others
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.join(timeout=1)
 
 
 def _unchanged(item: Any) -> Any:

@@ -23,17 +23,14 @@ from numpy.typing import NDArray
 
 from beit3.config import require
 from beit3.data.data_processes import next_item, start_processes
-from beit3.data.fingerprint import Fingerprint
+from beit3.data.fingerprint import Fingerprint, fingerprint_digest
+from beit3.data.loaders import MAX_BAD_IN_A_ROW, belongs_here, share_of_counts, told
 from beit3.data.randomness import seeded
-from beit3.data.resume import is_same_data, share_of_counts
 from beit3.errors import BadSampleError, BeitError
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 B = TypeVar("B")
-
-MAX_BAD_IN_A_ROW = 10_000
-"""Examples refused one after the other before a share is given up."""
 
 
 class Examples(Protocol[T_co]):
@@ -146,6 +143,11 @@ class ExampleLoader(Generic[T, B]):
         batch: B = drawn.batch
         return batch
 
+    @property
+    def data_digest(self) -> str:
+        """SHA-256 of what is known of the data: the same on all ranks that see the same."""
+        return fingerprint_digest(self._data)
+
     def state_dict(self) -> dict[str, Any]:
         """The position after the last batch drawn, whatever data processes have prepared beyond it."""
         epoch, batches = divmod(self._drawn, len(self))
@@ -167,18 +169,13 @@ class ExampleLoader(Generic[T, B]):
             ConfigError: the states belong to other data (which `allow_data_change` accepts), or to another batch size
                 or seed.
         """
-        state = states[0]
-        allowed = self._allow_data_change
-        if not is_same_data(state.get("data"), self._data, allow_change=allowed, rank=self._rank):
-            self.close()
+        state, allowed = states[0], self._allow_data_change
+        if belongs_here(state, self._settings, self._data, allow_change=allowed, rank=self._rank):
+            self._drawn = state["epoch"] * len(self) + state["batches"]
+            self.skipped = share_of_counts(states, self._rank, self._world_size)
+        else:
             self._drawn, self.skipped = 0, Counter()
-            return
-        for name, value in self._settings.items():
-            saved = state["settings"][name]
-            require(saved == value, f"the data state was saved with {name} {saved}, this run has {value}")
         self.close()
-        self._drawn = state["epoch"] * len(self) + state["batches"]
-        self.skipped = share_of_counts(states, self._rank, self._world_size)
 
     def close(self) -> None:
         """End the data processes; the next draw starts new ones. Happens by itself when the loader is dropped."""
@@ -241,8 +238,9 @@ class _TrainingBatches(Generic[T, B]):
             while index not in loaded:
                 spare = next(spares, None)
                 if spare is None or bad_in_a_row >= MAX_BAD_IN_A_ROW:
-                    counts = ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()))
-                    raise BeitError(f"no example can be used to fill a batch ({counts}): the last was '{detail}'")
+                    raise BeitError(
+                        f"no example can be used to fill a batch ({told(skipped)}): the last was '{detail}'"
+                    )
                 try:
                     with seeded(f"{self.seed}/{epoch}/{index}/{spare}"):
                         loaded[index] = spare, self.examples.load(spare)

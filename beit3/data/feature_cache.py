@@ -102,7 +102,7 @@ def build_feature_cache(
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     folder = parent / key
     if folder.is_dir():
-        return FeatureCache(folder)
+        return _open_cache(folder, settings)
     beside = parent / f"{key}.tmp-{os.getpid()}"
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
@@ -120,6 +120,18 @@ def build_feature_cache(
     (beside / "cache.json").write_text(json.dumps(record) + "\n")
     _publish(beside, folder)
     return FeatureCache(folder)
+
+
+def _open_cache(folder: Path, settings: dict[str, Any]) -> FeatureCache:
+    """Open what an earlier run made, if it is what its name says."""
+    try:
+        cache = FeatureCache(folder)
+        fits = all(cache.settings[name] == value for name, value in json.loads(json.dumps(settings)).items())
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{folder} is damaged ({error}): delete it") from error
+    if not fits:
+        raise ConfigError(f"{folder} is damaged: its cache.json tells of another cache; delete it")
+    return cache
 
 
 def _publish(beside: Path, folder: Path) -> None:

@@ -7,6 +7,7 @@ SHA-256. It says what an order depends on; a fact that is not known (None) is no
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -62,3 +63,8 @@ def _edits(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
         for name in known
         if old[name] != new[name]
     )
+
+
+def fingerprint_digest(data: Fingerprint) -> str:
+    """SHA-256 of a fingerprint."""
+    return hashlib.sha256(json.dumps(data).encode()).hexdigest()

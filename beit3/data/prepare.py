@@ -64,6 +64,7 @@ def prepare_pairs(
     conditions = dict(where or {})
 
     def check(sample: RawSample) -> dict[str, bytes]:
+        """The files of a pair; a sample that is not wanted, or no pair, is refused."""
         ending = _check_image(sample)
         meta = _read_json(sample)
         caption = _caption_of(sample, meta)
@@ -89,6 +90,7 @@ def prepare_images(
     conditions = dict(where or {})
 
     def check(sample: RawSample) -> dict[str, bytes]:
+        """The files of an image; a sample that is not wanted, or no image, is refused."""
         ending = _check_image(sample)
         meta = _read_json(sample)
         if not _matches(meta, conditions):
@@ -247,6 +249,7 @@ def _progress(out: Path, total: int) -> Iterator[Callable[[PrepareReport, int], 
         calls = 0
 
         def advance(report: PrepareReport, sources: int) -> None:
+            """Move the bar on by whole sources, and show now and then how many samples were written."""
             nonlocal calls
             calls += 1
             if sources or calls % _EVERY == 0:

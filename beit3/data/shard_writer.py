@@ -21,10 +21,12 @@ from megatron.energon import CrudeWebdataset, DefaultCrudeJsonlDatasetFactory
 from megatron.energon.epathlib import EPath
 
 from beit3.data.fingerprint import file_digest
-from beit3.data.shard_reader import INDEX_FOLDER
+from beit3.data.shard_reader import INDEX_FOLDER, KEYS_FILE
 from beit3.data.shards import REPORT_FILE, TEXT_FILE
 from beit3.errors import BeitError, ConfigError
 
+INDEX_FILES = (KEYS_FILE, f"{INDEX_FOLDER}/.info.json")
+"""Beside tars: the names of all samples, and how many each tar has."""
 _NUM_EXAMPLES = 3
 
 
@@ -47,8 +49,8 @@ class PrepareReport:
     files: dict[str, int] = field(default_factory=dict)
     """Size in bytes of every data file, checked before training."""
     sha256: dict[str, str] = field(default_factory=dict)
-    """Of every data file and its index of places; a saved position holds for these contents alone. Folders written by
-    earlier versions have none."""
+    """Of every data file, its index of places and the `INDEX_FILES`; a saved position holds for these contents alone.
+    Folders written by earlier versions have none, or not all."""
 
     def lines(self) -> list[str]:
         """Say it in a few lines for a terminal."""
@@ -153,12 +155,14 @@ class FolderWriter:
         if report.samples == 0:
             raise BeitError("; ".join(["nothing to write to " + report.lines()[0], *report.lines()[1:]]))
         names = sorted(path.name for path in self._folder.iterdir())
+        files = [file for name in names for file in (name, f"{name}.idx")]
         if report.kind == "text":
             DefaultCrudeJsonlDatasetFactory.prepare_dataset(EPath(self._folder / TEXT_FILE))
         else:
             _index_tars(self._folder, names)
+            files += INDEX_FILES
         report.files = {name: (self._folder / name).stat().st_size for name in names}
-        report.sha256 = {file: file_digest(self._folder / file) for name in names for file in (name, f"{name}.idx")}
+        report.sha256 = {file: file_digest(self._folder / file) for file in files}
         report.bytes = sum(report.files.values())
         (self._folder / REPORT_FILE).write_text(json.dumps(asdict(report), indent=1), "utf-8")
         old = self._out.parent / f".{self._out.name}.old"

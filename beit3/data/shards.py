@@ -157,6 +157,9 @@ def read_record(path: Path, name: str, kind: type[V]) -> dict[str, V]:
         found = json.loads(path.read_text("utf-8")).get(name, {})
         if not all(type(value) is kind for value in found.values()):
             raise TypeError(f"{name} of another kind")
+        for file in found:
+            if Path(file).is_absolute() or ".." in Path(file).parts:
+                raise ValueError(f"'{file}' lies outside the folder")
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{path} is damaged ({error}): run `beit3 prepare` again") from error
     return cast(dict[str, V], found)

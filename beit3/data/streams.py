@@ -17,13 +17,11 @@ from typing import Any, Generic, Self, TypeVar
 from megatron.energon import BlendDataset, RepeatDataset, SavableDataset, ShuffleBufferDataset, WorkerConfig
 
 from beit3.config import Run, config, require
-from beit3.data.fingerprint import Fingerprint, file_digest, fingerprint_folder
-from beit3.data.resume import is_same_data, share_of_counts
-from beit3.data.shards import Sample, build_quietly, check_folder, open_folder
+from beit3.data.fingerprint import Fingerprint, file_digest, fingerprint_digest, fingerprint_folder
+from beit3.data.loaders import belongs_here, share_of_counts
+from beit3.data.shards import build_quietly, check_folder, open_folder
 from beit3.data.units import BatchEncoder, Position, Unit, UnitMaker, Units, beginning
 from beit3.errors import BadDataError, ConfigError
-
-__all__ = ["BatchEncoder", "Sample", "Source", "Stream", "StreamLoader", "fingerprint_streams"]
 
 T_batch = TypeVar("T_batch")
 
@@ -229,10 +227,10 @@ class StreamLoader(Generic[T_batch]):
         drawn = {name: self._next_units(name) for name in self._streams}
         self._drawn += 1
         self._keys = {name: [key for unit in units for key in unit.keys] for name, units in drawn.items()}
-        return {name: self._join(name, [unit.batch for unit in units]) for name, units in drawn.items()}
-
-    def _join(self, name: str, batches: list[T_batch]) -> T_batch:
-        return batches[0] if len(batches) == 1 else self._encoders[name].join(batches)
+        return {
+            name: units[0].batch if len(units) == 1 else self._encoders[name].join([unit.batch for unit in units])
+            for name, units in drawn.items()
+        }
 
     def _next_units(self, name: str) -> list[Unit]:
         """Draw a round of units of a stream and count what was skipped for them."""
@@ -247,6 +245,11 @@ class StreamLoader(Generic[T_batch]):
             if unit.error is not None:
                 raise unit.error
         return units
+
+    @property
+    def data_digest(self) -> str:
+        """SHA-256 of what is known of the data: the same on all ranks that see the same."""
+        return fingerprint_digest(self._fingerprint)
 
     def state_dict(self) -> dict[str, Any]:
         """Save this rank's exact position as plain dicts, lists, numbers and bytes."""
@@ -279,14 +282,10 @@ class StreamLoader(Generic[T_batch]):
             ConfigError: the states belong to other data (which `allow_data_change` accepts), another seed or batch
                 size, or to a number of data workers that these ranks cannot share.
         """
-        first = states[0]
-        allowed = self._allow_data_change
-        if not is_same_data(first.get("data"), self._fingerprint, allow_change=allowed, rank=self._rank):
+        first, allowed = states[0], self._allow_data_change
+        if not belongs_here(first, self._settings(), self._fingerprint, allow_change=allowed, rank=self._rank):
             self._begin()
             return
-        for name, value in self._settings().items():
-            saved = first["settings"][name]
-            require(saved == value, f"the data state was saved with {name} {saved}, this run has {value}")
         workers = {name: [place for state in states for place in state["workers"][name]] for name in self._streams}
         total = len(next(iter(workers.values())))
         require(

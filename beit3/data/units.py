@@ -9,26 +9,29 @@ the position is taken up. Data processes send a snapshot every so many units, so
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, TypedDict, TypeVar
 
 from megatron.energon import SavableDataset
+from megatron.energon.flavors.webdataset.sample_loader import SliceState
+from megatron.energon.state import FlexState
 from torch.utils.data import IterableDataset
 
-from beit3.data.data_processes import next_item, start_processes
+from beit3.data.data_processes import end_processes, next_item, start_processes
+from beit3.data.loaders import MAX_BAD_IN_A_ROW, told
 from beit3.data.randomness import seeded
 from beit3.data.shards import Sample, to_sample
-from beit3.data.stream_state import from_plain, to_plain
 from beit3.errors import BadDataError, BadSampleError, BeitError
 
 T_batch = TypeVar("T_batch")
 
-MAX_BAD_IN_A_ROW = 10_000
-"""Samples refused one after the other before a stream is given up."""
 _SNAPSHOT_EVERY = 16
 """Units between two snapshots: counted, not timed, so that equal runs save equal states."""
+_STATES: dict[str, Any] = {SliceState.__name__: SliceState}
+_KIND = "__kind__"
 
 
 class BatchEncoder(Protocol[T_batch]):
@@ -94,7 +97,7 @@ class UnitMaker(IterableDataset[Unit]):
 
     def snapshot(self) -> Any:
         """State of the dataset after the last unit."""
-        return to_plain(self._dataset.save_state())
+        return plain_state(self._dataset.save_state())
 
     def __iter__(self) -> Iterator[Unit]:
         worker = self._dataset.worker_config
@@ -102,7 +105,7 @@ class UnitMaker(IterableDataset[Unit]):
         position = self.positions[number_here].copy()
         name = f"{self._seed}/{worker.rank * max(1, worker.num_workers) + number_here}"
         if position["snapshot"] is not None:
-            self._dataset.restore_state(from_plain(position["snapshot"]))
+            self._dataset.restore_state(energon_state(position["snapshot"]))
         raws: Iterator[Any] = iter(self._dataset)
         for number in itertools.count(position["units"]):
             worker.worker_activate(number)  # energon's datasets ask for it
@@ -135,8 +138,7 @@ class UnitMaker(IterableDataset[Unit]):
                     skipped[error.reason] += 1
                     bad_in_a_row += 1
                     if bad_in_a_row >= patience:
-                        counts = ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()))
-                        raise BadDataError(f"no usable sample ({counts}): the last was '{error}'") from error
+                        raise BadDataError(f"no usable sample ({told(skipped)}): the last was '{error}'") from error
             return Unit(self._encoder.collate(samples), keys, dict(skipped))
         except BeitError as error:
             return Unit(None, [], dict(skipped), error)
@@ -192,5 +194,27 @@ class Units:
     def close(self) -> None:
         """End the data processes; the next draw starts new ones."""
         if self._num_workers and self._iterator is not None:
-            self._iterator._shutdown_workers()  # left to python's garbage collection, each is waited for 5 seconds
+            end_processes(self._iterator)
             self._iterator = None
+
+
+def plain_state(state: Any) -> Any:
+    """Write the state of energon's dataset as dicts, lists, numbers and bytes, so that any checkpoint can hold it."""
+    if dataclasses.is_dataclass(state):
+        values = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+        return {_KIND: type(state).__name__, **{name: plain_state(value) for name, value in values.items()}}
+    if isinstance(state, dict):
+        return {name: plain_state(value) for name, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return type(state)(plain_state(value) for value in state)
+    return state
+
+
+def energon_state(state: Any) -> Any:
+    """Rebuild energon's state objects from the result of `plain_state`; shares nothing with it."""
+    if isinstance(state, dict):
+        values = {name: energon_state(value) for name, value in state.items() if name != _KIND}
+        return _STATES[state[_KIND]](**values) if _KIND in state else FlexState(values)
+    if isinstance(state, (list, tuple)):
+        return type(state)(energon_state(value) for value in state)
+    return state

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from beit3.data.fingerprint import file_digest
 from beit3.data.shard_reader import KEYS_FILE, ShardReader, split_name
+from beit3.data.shard_writer import INDEX_FILES
 from beit3.data.shards import REPORT_FILE, TEXT_FILE, expected_sizes, open_reader, read_record, to_sample
 from beit3.errors import BadSampleError
 
@@ -17,8 +18,9 @@ from beit3.errors import BadSampleError
 def verify_folder(folder: Path) -> list[str]:
     """Read every byte of a prepared folder and compare it with what was recorded when it was written.
 
-    Sizes, SHA-256 (where `prepare.json` has them), the number of samples in each tar, and each sample at the place
-    and under the key that the index gives it. Pictures are not decoded.
+    Sizes and SHA-256 (where `prepare.json` has them). Where these do not prove that a file and its index are as they
+    were written, also the number of its samples, and each sample at the place and under the key that the index gives
+    it. Pictures are not decoded.
 
     Returns:
         a line for every file or sample that is damaged, `FILE: what` or `FILE: sample 'KEY': what`.
@@ -28,34 +30,38 @@ def verify_folder(folder: Path) -> list[str]:
         ConfigError: what describes the folder is damaged.
     """
     sizes = expected_sizes(folder)
-    found: list[str] = []
     report = folder / REPORT_FILE
     digests = read_record(report, "sha256", str) if report.is_file() else {}
-    for name, size in sizes.items():
-        found += _damage(folder / name, name, size, digests.get(name))
+    damage = {name: _damage(folder / name, name, size, digests.get(name)) for name, size in sizes.items()}
+    found = [line for line in damage.values() if line is not None]
     is_text = (folder / TEXT_FILE).is_file()
     if is_text and not (folder / f"{TEXT_FILE}.idx").is_file():
         return found
     reader = open_reader(folder)
+    index = () if is_text else INDEX_FILES
+    damage |= {name: _damage(folder / name, name, None, digests.get(name)) for name in index}
+    as_written = {name for name in digests if name in damage and damage[name] is None}
     if not is_text:
         found += _damage_of_keys(folder / KEYS_FILE, len(reader))
     start = 0
     for name, count in reader.counts.items():
-        if (folder / name).is_file() and (folder / f"{name}.idx").is_file():
+        proven = as_written.issuperset({name, f"{name}.idx", *index})
+        if not proven and (folder / name).is_file() and (folder / f"{name}.idx").is_file():
             found += _miscount(folder / name, name, count, is_text)
             found += _damaged_samples(reader, name, range(start, start + count))
         start += count
     return found
 
 
-def _damage(path: Path, name: str, size: int | None, digest: str | None) -> Iterator[str]:
+def _damage(path: Path, name: str, size: int | None, digest: str | None) -> str | None:
     """How a file differs from the record."""
     if not path.is_file():
-        yield f"{name}: missing"
-    elif size is not None and path.stat().st_size != size:
-        yield f"{name}: {path.stat().st_size:,} bytes instead of {size:,}"
-    elif digest is not None and file_digest(path) != digest:
-        yield f"{name}: not the contents that were written (SHA-256)"
+        return f"{name}: missing"
+    if size is not None and path.stat().st_size != size:
+        return f"{name}: {path.stat().st_size:,} bytes instead of {size:,}"
+    if digest is not None and file_digest(path) != digest:
+        return f"{name}: not the contents that were written (SHA-256)"
+    return None
 
 
 def _damage_of_keys(path: Path, samples: int) -> Iterator[str]:

@@ -175,6 +175,9 @@ def open_codes(stream: Stream, data: Path, tokenizer: Path, crop: CropConfig) ->
 
 def _open_shard(file: Path) -> Any:
     try:
-        return np.load(file, mmap_mode="r")
+        table = np.load(file, mmap_mode="r")
+        if not (isinstance(table, np.ndarray) and table.dtype.names):
+            raise ValueError("it is no table")
+        return table
     except ValueError as error:
         raise ConfigError(f"{file} is damaged ({error}): delete it and call `beit3 tokenize images` again") from error

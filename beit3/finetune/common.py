@@ -73,6 +73,7 @@ class FinetuneConfig(IndexConfig):
         """
 
         def network() -> TaskModel:
+            """The task model with random weights, what no sequence reaches frozen."""
             model: Any = build_model(self.model, kind.task, **options)
             model.backbone.vision_embedding.mask_token.requires_grad_(False)
             kinds = {(one.vision > 0, one.text > 0) for one in sequences}

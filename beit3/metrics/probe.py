@@ -157,6 +157,7 @@ def fit_logistic(features: Tensor, labels: Tensor, penalty: float) -> tuple[Tens
     )
 
     def loss() -> Tensor:
+        """Cross-entropy with the penalty on the weight; leaves its gradients behind."""
         solver.zero_grad()
         value = F.cross_entropy(features @ weight.T + bias, labels) + penalty / 2 * weight.square().sum()
         torch.autograd.backward(value)

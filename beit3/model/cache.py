@@ -79,10 +79,12 @@ def _mix(q: Tensor, k: Tensor, v: Tensor, cache: LayerCache) -> Tensor:
     """Softmax over the image's rows and the text's at once; beams of an image share one product with its keys."""
     num_images, beams, new = cache.image_keys.shape[0], q.shape[0] // cache.image_keys.shape[0], q.shape[2]
 
-    def by_image(x: Tensor) -> Tensor:  # (n, H, t, .) -> (B, H, beams t, .)
+    def by_image(x: Tensor) -> Tensor:
+        """(n, H, t, .) to (B, H, beams t, .)."""
         return x.view(num_images, beams, *x.shape[1:]).transpose(1, 2).flatten(2, 3)
 
     def by_text(x: Tensor) -> Tensor:
+        """(B, H, beams t, .) to (n, H, t, .)."""
         return x.view(num_images, x.shape[1], beams, new, -1).transpose(1, 2).flatten(0, 1)
 
     scaled = q * q.shape[-1] ** -0.5

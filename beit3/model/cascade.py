@@ -152,6 +152,7 @@ class CascadeHeads(nn.Module):
         """
 
         def box_parts() -> tuple[nn.Module, ...]:
+            """Alignment, hidden layers and output of one stage for boxes."""
             shape = (channels, _BOX_SIDE, _BOX_SIDE)
             head = FastRCNNConvFCHead(shape, [channels] * 4, [head_width], norm_layer=ChannelNorm)
             predictor = FastRCNNPredictor(head_width, num_classes + 1)

@@ -46,6 +46,7 @@ class FeaturePyramid(nn.Module):
         half, quarter = max(1, width // 2), max(1, width // 4)
 
         def up(source: int, target: int) -> nn.Module:
+            """Twice the height and width."""
             return nn.ConvTranspose2d(source, target, kernel_size=2, stride=2)
 
         resizes = [

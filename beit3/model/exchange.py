@@ -18,11 +18,11 @@ from typing import Any
 
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from beit3.errors import BeitError, ConfigError, DataMissingError
-from beit3.model.released_files import shown
+from beit3.model.released_files import load_safetensors, shown
 
 FORMAT_VERSION = 1
 CONFIG_FILE = "config.json"
@@ -161,7 +161,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         if not file.is_file():
             raise DataMissingError(f"{file} does not exist: the folder is incomplete, copy it again")
         try:
-            state.update(load_file(file))
+            state.update(load_safetensors(file))
         except (SafetensorError, OSError) as error:
             raise ConfigError(f"{file} is damaged ({error}): copy it again") from error
     return state

@@ -436,6 +436,7 @@ class CaptioningModel(TaskModel):
         caches = self.backbone.start_decoding(images)
 
         def next_word(words: Tensor, parents: Tensor | None) -> Tensor:
+            """Log-probabilities of the word behind each beam, after the caches took over its parent's rows."""
             if parents is not None:
                 for cache in caches:
                     cache.select(parents)

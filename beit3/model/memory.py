@@ -35,7 +35,8 @@ from beit3.model.packing import Layout
 from beit3.model.presets import ModelConfig
 
 _TOKENIZER = 44
-"""Bytes for each feature of each token that a visual tokenizer needs at once: measured on VQ-KD under bf16 autocast."""
+"""Bytes for each feature of each token that a visual tokenizer needs at once: `benchmarks/launches.py` counts 43 under
+CUDA's autocast to bf16."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +154,11 @@ class BatchSizes:
         )
 
     @property
+    def recomputed(self) -> bool:
+        """Whether layers are computed again in the backward pass."""
+        return any(one.model.activation_checkpointing for one in self.passes)
+
+    @property
     def flops(self) -> float:
         """Useful operations of the training step: three times the forward pass (`flops.py`)."""
         return 3 * (sum(one.flops for one in self.passes) + sum(head.flops for head in self.heads))
@@ -202,8 +208,7 @@ def bytes_before_backward(sizes: BatchSizes, numbers: Numbers, casts: tuple[int,
         numbers: bytes of a value.
         casts: of `cast_bytes`.
     """
-    recomputed = any(one.model.activation_checkpointing for one in sizes.passes)
-    forward, backward = casts[0], casts[1] if recomputed else casts[0]  # layers computed again cast again
+    forward, backward = casts[0], casts[1] if sizes.recomputed else casts[0]  # layers computed again cast again
     logits = [head.rows * head.classes for head in sizes.heads] or [0]
     copies = numbers.compute + (4 if numbers.compute < 4 else 0)  # of logits: as computed, and in fp32
     tokenizer = 0 if sizes.tokenizer is None else _TOKENIZER * sizes.tokenizer.tokens * sizes.tokenizer.model.width

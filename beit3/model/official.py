@@ -160,6 +160,7 @@ def _backbone_entries(config: ModelConfig, prefix: str) -> Iterator[_Entry]:
     width, side = config.width, config.patch_size
 
     def same(ours: str, official: str, *shape: int) -> _Entry:
+        """An entry whose shape is that of our layout."""
         return _Entry(prefix + ours, shape, (official,), shape)
 
     yield same("text_embedding.words.weight", "text_embed.weight", config.vocab_size, width)
@@ -238,6 +239,7 @@ def _infer_config(
     """Read every size from the shapes of a few tensors; `_check` compares all others with the result."""
 
     def shape(key: str, dimensions: int) -> tuple[int, ...]:
+        """Shape of a tensor that must be there, with so many dimensions."""
         if key not in state:
             raise ConfigError(f"not an official BEiT-3 file: it has no '{key}'; keys found: {listed(state) or 'none'}")
         if state[key].ndim != dimensions:

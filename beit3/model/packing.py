@@ -100,6 +100,7 @@ class Layout:
         vision, text = 0, 0
 
         def add(count: int, vision_rows: int, text_rows: int) -> None:
+            """Lay sequences behind the ones before; those without rows make no group."""
             nonlocal vision, text
             if count and vision_rows + text_rows:
                 groups.append(Group(count, vision_rows, text_rows, vision, text))
@@ -161,6 +162,7 @@ def concat(batches: Sequence[PackedBatch]) -> PackedBatch:
         raise ValueError("concat takes batches with pairs first, and lone images and texts behind all pairs")
 
     def join(name: str) -> Tensor | None:
+        """The fields of all batches that have one, behind each other; None if none has."""
         tensors = [value for batch in batches if (value := getattr(batch, name)) is not None]
         return torch.cat(tensors) if tensors else None
 

@@ -6,14 +6,19 @@ any other class ends in one line that names it (unless the process has itself de
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import struct
 import threading
 import warnings
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -23,6 +28,8 @@ _WRAPPERS = ("model", "module")
 _MOST_WRAPPERS = 8
 """Dictionaries around the weights that are opened; one that holds itself would have no end."""
 _DEEPSPEED_FILE = "mp_rank_*_model_states.pt"
+_MANIFESTS = "step-*/manifest.json"
+"""Of checkpoints of this package's own runs, which are no models."""
 _READING = threading.Lock()
 """The names that torch's reader knows belong to the whole process, so one file is read at a time."""
 
@@ -79,7 +86,7 @@ def read_official(path: str | Path) -> dict[str, Tensor]:
     """
     path = _find_file(Path(path))
     try:
-        content = load_file(path) if path.suffix == ".safetensors" else _load(path)
+        content = load_safetensors(path) if path.suffix == ".safetensors" else _load(path)
         if not isinstance(content, Mapping):
             raise ConfigError(f"it holds a {type(content).__name__}, not named weights")
         state = unwrap(content)
@@ -87,6 +94,25 @@ def read_official(path: str | Path) -> dict[str, Tensor]:
     except Exception as error:  # damaged bytes raise nearly anything
         raise ConfigError(f"{path} is not read: {_reason(error)}") from error
     return state
+
+
+def load_safetensors(path: Path) -> dict[str, Tensor]:
+    """Read the tensors of a `.safetensors` file, mapped from disk.
+
+    Raises:
+        SafetensorError: it is damaged, or names a tensor twice, which safetensors itself does not mind.
+    """
+    state: dict[str, Tensor] = load_file(path)
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        json.loads(file.read(length), object_pairs_hook=_refuse_doubles)
+    return state
+
+
+def _refuse_doubles(pairs: list[tuple[str, object]]) -> None:
+    twice = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
+    if twice:
+        raise SafetensorError(f"two entries are named {listed(twice)}")
 
 
 def unwrap(content: Mapping[str, object]) -> dict[str, Tensor]:
@@ -173,7 +199,10 @@ def _reason(error: Exception) -> str:
 
 def _find_file(path: Path) -> Path:
     """The file that holds the weights: the path itself, or the one in a folder that DeepSpeed has written."""
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike Path's, this answers for names of any length
+        own = path / "manifest.json"
+        if any(path.glob(_MANIFESTS)) or (own.match(_MANIFESTS) and own.is_file()):
+            raise ConfigError(f"{path} holds checkpoints, for --resume alone: load the folder 'export' of their run")
         folder, latest = path, path / "latest"
         if latest.is_file() and not any(path.glob(_DEEPSPEED_FILE)):
             with latest.open(encoding="utf-8", errors="replace") as file:
@@ -184,8 +213,8 @@ def _find_file(path: Path) -> Path:
         path = next(folder.glob(_DEEPSPEED_FILE), folder)
         if path == folder:
             raise ConfigError(_explain_folder(folder))
-    if not path.is_file():
-        raise DataMissingError(f"{path} does not exist: give the path of a downloaded .pth file")
+    if not os.path.isfile(path):
+        raise DataMissingError(f"{shown(path, 300)} does not exist: give the path of a downloaded .pth file")
     if path.match(_DEEPSPEED_FILE) and (ranks := len(list(path.parent.glob(_DEEPSPEED_FILE)))) > 1:
         raise ConfigError(
             f"{path.parent} holds a model cut into {ranks} parts (model parallelism of DeepSpeed): "

@@ -6,6 +6,7 @@ they are used.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import re
@@ -49,6 +50,9 @@ _WITHOUT_FINAL_NORM = ("classification", "vqa")
 _MOST_LAYERS = 12
 """That the log names."""
 logger = logging.getLogger(__name__)
+
+# The threads of OpenMP do not survive a fork: a forked process that asked them for work would wait for ever.
+os.register_at_fork(after_in_child=functools.partial(torch.set_num_threads, 1))
 
 
 def load_model(

@@ -7,18 +7,19 @@ Shapes: B images, S side, N patches, C teacher features.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from beit3.config import Run, TaskConfig, config, require, to_plain
 from beit3.data.example_loader import ExampleLoader
-from beit3.data.feature_cache import build_feature_cache
+from beit3.data.feature_cache import FeatureCache, build_feature_cache
+from beit3.data.fingerprint import Fingerprint
 from beit3.data.images import decode_image
 from beit3.data.shards import Sample, load_prepared
 from beit3.data.streams import Stream, StreamLoader, fingerprint_streams
@@ -27,7 +28,7 @@ from beit3.errors import BadSampleError
 from beit3.tokenizer.teachers import Teacher, TeacherConfig, build_teacher
 from beit3.tokenizer.vqkd import VQKD, VQKDConfig, distillation_loss
 from beit3.train.distributed import choose_device
-from beit3.train.task import Loader, OneStream, Task, Work
+from beit3.train.task import Loader, Mapped, Task, Work
 
 
 @config
@@ -127,27 +128,9 @@ class ImageTokenizer(Task[CropBatch]):
         if not config.cached_crops:
             encoder = CropEncoder(RandomCrop(config.crop))
             loader = StreamLoader.for_run({"images": config.images}, {"images": encoder}, run, rank, world_size)
-            return OneStream(loader, "images")
-        _ = self.teacher  # of another width: better said before its features are computed
-        if rank and dist.is_initialized():
-            dist.barrier()  # rank 0 fills the cache
-        folders = [run.data / source.path for source in config.images.sources]
+            return Mapped(loader, operator.itemgetter("images"))
         data = fingerprint_streams({"images": config.images}, run.data)
-        cache = build_feature_cache(
-            run.folder / "cache",
-            (sample for folder in folders for sample in load_prepared(folder)),
-            teacher=self.teacher,
-            teacher_settings=to_plain(config.teacher),
-            crop=config.crop,
-            grid=config.tokenizer.grid,
-            crops_per_picture=config.cached_crops,
-            seed=run.seed,
-            source=", ".join(source.path for source in config.images.sources),
-            data=data,
-            device=choose_device(run.device),
-        )
-        if not rank and dist.is_initialized():
-            dist.barrier()
+        cache = self._cache(run, data)
         return ExampleLoader(
             cache,
             _collate_cached,
@@ -158,6 +141,30 @@ class ImageTokenizer(Task[CropBatch]):
             num_workers=run.loop.num_workers,
             data=data,
             allow_data_change=run.allow_data_change,
+        )
+
+    def prepare_data(self, run: Run) -> None:
+        """Fill the cache of crops and their features."""
+        if self.config.cached_crops:
+            self._cache(run, fingerprint_streams({"images": self.config.images}, run.data))
+
+    def _cache(self, run: Run, data: Fingerprint) -> FeatureCache:
+        """The cache of this run, filled if it is not."""
+        config = self.config
+        teacher = self.teacher  # of another width: better said before its features are computed
+        folders = [run.data / source.path for source in config.images.sources]
+        return build_feature_cache(
+            run.folder / "cache",
+            (sample for folder in folders for sample in load_prepared(folder)),
+            teacher=teacher,
+            teacher_settings=to_plain(config.teacher),
+            crop=config.crop,
+            grid=config.tokenizer.grid,
+            crops_per_picture=config.cached_crops,
+            seed=run.seed,
+            source=", ".join(source.path for source in config.images.sources),
+            data=data,
+            device=choose_device(run.device),
         )
 
     def forward(self, batch: CropBatch) -> dict[str, Tensor]:

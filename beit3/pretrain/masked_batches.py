@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -22,7 +21,6 @@ from torch import Tensor
 
 from beit3.data.images import decode_image
 from beit3.data.shards import Sample, load_prepared
-from beit3.data.streams import StreamLoader
 from beit3.data.texts import clean_text
 from beit3.data.transforms import CropConfig, RandomCrop, Views
 from beit3.data.visual_codes import CodeTable, draw_crop
@@ -60,8 +58,8 @@ class MaskedBatch:
     """(Mw,) int64 hidden words; -100 = padding."""
     pair_words: int
     """Hidden words, padding included, that belong to pairs: they come first."""
-    hidden_words: int
-    """Hidden words without padding."""
+    hidden_words: tuple[int, int]
+    """Hidden words of pairs, and of texts alone, without padding."""
     mean_words: tuple[float, float] | None = None
     """Hidden words of pairs, and of texts alone, of one batch of the step, on average over its batches and all ranks:
     then their losses add up to the mean over all words of the step. None: those of this batch."""
@@ -155,6 +153,7 @@ class MaskedEncoder:
             codes = torch.stack(recorded)[mask] if recorded else None
         texts = [sample.text for sample in samples if sample.text is not None]
         word_rows, words = _word_targets(texts)
+        hidden = sum(len(text.places) for text in texts)
         packed = PackedBatch(
             images=images,
             image_mask=mask,
@@ -171,7 +170,7 @@ class MaskedEncoder:
             word_rows=word_rows,
             words=words,
             pair_words=len(words) if self._kind == "pairs" else 0,
-            hidden_words=sum(len(text.places) for text in texts),
+            hidden_words=(hidden, 0) if self._kind == "pairs" else (0, hidden),
         )
 
     def join(self, units: list[MaskedBatch]) -> MaskedBatch:
@@ -184,38 +183,9 @@ def training_crop(crop: CropConfig, codes: Mapping[str, CodeTable]) -> RandomCro
     return RandomCrop(dataclasses.replace(crop, tokenizer_size=None) if codes else crop)
 
 
-class Joined:
-    """A StreamLoader whose streams become one batch."""
-
-    def __init__(self, loader: StreamLoader[MaskedBatch]) -> None:
-        self._loader = loader
-
-    @property
-    def skipped(self) -> Counter[str]:
-        """Samples left out so far, by stream and reason."""
-        return self._loader.skipped
-
-    @property
-    def used(self) -> int:
-        """Samples that entered batches so far."""
-        return self._loader.used
-
-    @property
-    def keys(self) -> Sequence[str]:
-        """Samples of the batch drawn last."""
-        return self._loader.keys
-
-    def __iter__(self) -> Iterator[MaskedBatch]:
-        for batches in self._loader:
-            yield join_batches([batches[kind] for kind in KINDS if kind in batches])
-
-    def state_dict(self) -> dict[str, Any]:
-        """The streams' position."""
-        return self._loader.state_dict()
-
-    def load_state_dict(self, states: Sequence[Mapping[str, Any]]) -> None:
-        """Go to a saved position."""
-        self._loader.load_state_dict(states)
+def join_streams(batches: Mapping[str, MaskedBatch]) -> MaskedBatch:
+    """Join one batch of each stream into one."""
+    return join_batches([batches[kind] for kind in KINDS if kind in batches])
 
 
 def join_batches(batches: list[MaskedBatch]) -> MaskedBatch:
@@ -239,22 +209,25 @@ def join_batches(batches: list[MaskedBatch]) -> MaskedBatch:
         word_rows=torch.cat(word_rows),
         words=torch.cat([batch.words for batch in batches]),
         pair_words=sum(batch.pair_words for batch in batches),
-        hidden_words=sum(batch.hidden_words for batch in batches),
+        hidden_words=_sum_words(batches),
     )
 
 
 def average_words(batches: Sequence[MaskedBatch]) -> list[MaskedBatch]:
     """Note in all batches of an optimizer step how many hidden words they have on average, over all ranks."""
-    counts = torch.zeros(2, dtype=torch.int64)
-    for batch in batches:
-        real = batch.words != IGNORE
-        counts += torch.stack([real[: batch.pair_words].sum(), real[batch.pair_words :].sum()])
+    counts = torch.tensor(_sum_words(batches))
     ranks = 1
     if dist.is_initialized():
         ranks = dist.get_world_size()
         dist.all_reduce(counts)
     pairs, texts = (float(count) / (ranks * len(batches)) for count in counts)
     return [dataclasses.replace(batch, mean_words=(pairs, texts)) for batch in batches]
+
+
+def _sum_words(batches: Sequence[MaskedBatch]) -> tuple[int, int]:
+    """Hidden words of pairs, and of texts alone."""
+    pairs, texts = zip(*(batch.hidden_words for batch in batches), strict=True)
+    return sum(pairs), sum(texts)
 
 
 @torch.no_grad()

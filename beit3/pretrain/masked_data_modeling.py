@@ -35,13 +35,13 @@ from beit3.pretrain.export import export_model
 from beit3.pretrain.masked_batches import (
     IGNORE,
     KINDS,
-    Joined,
     Kind,
     MaskedBatch,
     MaskedEncoder,
     average_words,
     fixed_batches,
     hidden_codes,
+    join_streams,
     training_crop,
 )
 from beit3.pretrain.masking import MaskConfig
@@ -49,7 +49,7 @@ from beit3.pretrain.probe import ProbeConfig, Probes
 from beit3.tokenizer.official import load_visual_tokenizer
 from beit3.tokenizer.text import TextTokenizer
 from beit3.tokenizer.vqkd import VQKD
-from beit3.train.task import Loader, Task, Work
+from beit3.train.task import Loader, Mapped, Task, Work
 
 
 @config
@@ -182,7 +182,7 @@ class MaskedDataModeling(Task[MaskedBatch]):
             codes = open_codes(stream, run.data, self.config.visual_tokenizer, own)
             encoders[kind] = self.encoder(kind, training_crop(own, codes), codes)
         named = {str(kind): stream for kind, stream in streams.items()}
-        return Joined(StreamLoader.for_run(named, encoders, run, rank, world_size))
+        return Mapped(StreamLoader.for_run(named, encoders, run, rank, world_size), join_streams)
 
     def encoder(
         self, kind: Kind, view: Callable[[Image.Image], Views], codes: Mapping[str, CodeTable] | None = None
@@ -252,7 +252,7 @@ class MaskedDataModeling(Task[MaskedBatch]):
             model,
             layout,
             masked_patches=num_images * self.config.mask.num_patches(model.grid),
-            masked_words=batch.hidden_words,
+            masked_words=sum(batch.hidden_words),
             codebook_size=self.visual_tokenizer.config.codebook_size,
         )
         return Work(num_images, num_images * layout.vision_length + sum(packed.text_lengths), flops)

@@ -13,6 +13,7 @@ or the squared error of pixels that were normalised patch by patch (MAE, arXiv 2
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Literal
@@ -38,7 +39,7 @@ from beit3.pretrain.masked_batches import MaskedBatch, MaskedEncoder, fixed_batc
 from beit3.pretrain.masking import MaskConfig
 from beit3.tokenizer.official import load_visual_tokenizer
 from beit3.tokenizer.vqkd import VQKD
-from beit3.train.task import Loader, OneStream, Task, Work
+from beit3.train.task import Loader, Mapped, Task, Work
 
 _PIXEL_EPS = 1e-6
 
@@ -175,7 +176,7 @@ class MaskedImageModeling(Task[MaskedBatch]):
             codes = open_codes(config.images, run.data, config.visual_tokenizer, config.crop)
         encoder = self._encoder(training_crop(config.crop, codes), codes)
         loader = StreamLoader.for_run({"images": config.images}, {"images": encoder}, run, rank, world_size)
-        return OneStream(loader, "images")
+        return Mapped(loader, operator.itemgetter("images"))
 
     def forward(self, batch: MaskedBatch) -> dict[str, Tensor]:
         """Loss and, for codes, accuracy of both predictions."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import operator
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -35,7 +36,7 @@ from beit3.model.heads import ContrastiveLoss, RetrievalModel
 from beit3.model.packing import PackedBatch, concat
 from beit3.pretrain.contrastive_loss import contrastive_loss, sigmoid_loss
 from beit3.tokenizer.text import TextTokenizer
-from beit3.train.task import Loader, OneStream, Task
+from beit3.train.task import Loader, Mapped, Task
 
 
 @config
@@ -203,7 +204,7 @@ class PairTask(Task[PairBatch], ABC, Generic[C]):
         crop = RandomCrop(self.config.crop)
         encoder = PairEncoder(self.config, self.text_tokenizer, lambda image: crop(image).image, training=True)
         loader = StreamLoader.for_run({"pairs": self.config.pairs}, {"pairs": encoder}, run, rank, world_size)
-        return OneStream(loader, "pairs")
+        return Mapped(loader, operator.itemgetter("pairs"))
 
     def move(self, batch: Any, device: torch.device) -> Any:
         """Copy a batch of pairs, or of pictures with classes, to the device."""

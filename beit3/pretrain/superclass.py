@@ -6,6 +6,7 @@ V vocabulary, n held-out pictures, C their distinct captions.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,7 @@ from beit3.model.store import fill_model
 from beit3.pretrain.probe import ProbeConfig, Probes
 from beit3.pretrain.subword_loss import LossKind, SubwordLoss, Words, concat_words, join_words
 from beit3.tokenizer.subwords import Subwords, WordList, load_subwords
-from beit3.train.task import Loader, OneStream, Task, Work
+from beit3.train.task import Loader, Mapped, Task, Work
 
 
 @config
@@ -143,7 +144,7 @@ class SuperClass(Task[WordsBatch]):
         crop = RandomCrop(self.config.crop)
         encoder = WordsEncoder(self.subwords, lambda image: crop(image).image)
         loader = StreamLoader.for_run({"pairs": self.config.pairs}, {"pairs": encoder}, run, rank, world_size)
-        return OneStream(loader, "pairs")
+        return Mapped(loader, operator.itemgetter("pairs"))
 
     def prepare_step(self, batches: Sequence[WordsBatch]) -> Sequence[WordsBatch]:
         """Count the captions of the whole step before any of them is weighted."""

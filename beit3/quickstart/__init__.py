@@ -166,9 +166,11 @@ def _stages(plan: Plan, compare: bool) -> dict[str, Callable[[], Run]]:
     if compare:
 
         def from_random(name: str) -> Run:
+            """The contrastive stage without the pretrained weights."""
             return plan.run("pretrain/contrastive_emoji", name, **text, **{"task.init_from": None})
 
         def equal_time() -> Run:
+            """The same with as many steps as fit into the time of all stages together."""
             run = from_random("tuning_random_equal_time")
             spent = sum(_seconds(plan.folder / name) for name in ("visual_tokenizer", "pretraining", "tuning"))
             steps = run.loop.steps * spent / _seconds(plan.folder / "tuning")

@@ -46,6 +46,7 @@ def caption(
     search["official"] = official
 
     def describe(predictor: Predictor, images: Mapping[Path, Tensor]) -> list[dict[str, Any]]:
+        """Captions and scores of a batch of pictures."""
         found = predictor.caption_scores(list(images.values()), **search)
         return [{"caption": text, "score": score} for text, score in found]
 
@@ -87,10 +88,12 @@ def answer(
     require(top >= 1, f"--top must be at least 1, not {top}")
 
     def ask(predictor: Predictor, images: Mapping[Path, Tensor]) -> list[dict[str, Any]]:
+        """The ranked answers of each picture."""
         found = predictor.answer(list(images.values()), [question] * len(images), top)
         return [{"answers": ranking} for ranking in found]
 
     def show(row: Mapping[str, Any]) -> str:
+        """One row as a line for people."""
         return ", ".join(f"{name} ({score:.2f})" for name, score in row["answers"])
 
     run(

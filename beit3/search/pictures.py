@@ -46,6 +46,7 @@ def find_pictures(folder: Path) -> tuple[list[Picture], list[LeftOut]]:
     left_out: list[LeftOut] = []
 
     def note(error: OSError) -> None:
+        """Remember a folder that cannot be listed."""
         left_out.append(LeftOut(os.path.relpath(error.filename, folder), "unreadable_folder"))
 
     for place, _, names in os.walk(folder, onerror=note):
@@ -84,6 +85,7 @@ def read_pictures(
     with ThreadPoolExecutor(_THREADS) as pool:
 
         def begin(batch: Sequence[Path]) -> list[Future[T | BadSampleError]]:
+            """Have a batch read by the threads."""
             return [pool.submit(_read, file, prepare) for file in batch]
 
         coming = begin(batches[0]) if batches else []

@@ -10,6 +10,7 @@ Encoder, decoder and task layers have the same names in both layouts. The codebo
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from beit3.config import require
 from beit3.errors import ConfigError
 from beit3.model.released_files import read_official
 from beit3.tokenizer.vqkd import VQKD, VQKDConfig, check_state
@@ -40,7 +42,7 @@ def load_visual_tokenizer(source: Path | str) -> VQKD:
         ConfigError: it is damaged, or holds something else.
     """
     source = Path(source)
-    if source.is_dir():
+    if os.path.isdir(source):
         return VQKD.load(source)
     config, state = to_ours(read_official(source))
     model = VQKD(config)
@@ -72,7 +74,7 @@ def to_ours(state: Mapping[str, Tensor]) -> tuple[VQKDConfig, dict[str, Tensor]]
     ours["quantize.codebook"] = codes
     ours["quantize.usage"] = found.get(_USE, torch.zeros(len(codes)))
     ours["quantize.idle"] = torch.zeros(len(codes), dtype=torch.int64)
-    ours["quantize.ready"] = found.get(_STARTED, torch.ones(1)).bool().reshape(())
+    ours["quantize.ready"] = found.get(_STARTED, torch.ones(1)).bool().all()
     known = {_CODES, _USE, _STARTED, *_UNUSED}
     unknown = [name for name in found if name.startswith("quantize.") and name not in known]
     ours |= {name: found[name] for name in unknown}
@@ -92,9 +94,14 @@ def to_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _infer_config(state: Mapping[str, Tensor]) -> VQKDConfig:
     """Read every size from the shapes of a few tensors."""
-    wanted = (_CODES, "encoder.pos_embed", "encoder.patch_embed.proj.weight", "decode_task_layer.2.weight")
+    wanted = {_CODES: 2, "encoder.pos_embed": 3, "encoder.patch_embed.proj.weight": 4, "decode_task_layer.2.weight": 2}
     if missing := [name for name in wanted if name not in state]:
         raise ConfigError(f"not a VQ-KD tokenizer of BEiT v2: it has no {', '.join(missing)}")
+    for name, axes in wanted.items():
+        shape = tuple(state[name].shape)
+        require(
+            len(shape) == axes and 0 not in shape, f"not a VQ-KD tokenizer of BEiT v2: its {name} has shape {shape}"
+        )
     codes, positions, patch, teacher = (state[name] for name in wanted)
     width, side = positions.shape[-1], math.isqrt(positions.shape[1] - 1)
     if width % _HEAD_WIDTH:

@@ -9,6 +9,7 @@ Shapes: B texts, T the longest of them in tokens.
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from beit3.errors import ConfigError, DataMissingError
 from beit3.model.presets import BOS, EOS, PAD, UNK
+from beit3.model.released_files import shown
 
 _SHIFT = 1
 _FIRST_PIECE = 3
@@ -47,8 +49,10 @@ class TextTokenizer:
     def load(cls, path: Path | str) -> TextTokenizer:
         """Read a `.spm` file."""
         path = Path(path)
-        if not path.is_file():
-            raise DataMissingError(f"text tokenizer {path} does not exist: train one with `beit3 train tokenizers/...`")
+        if not os.path.isfile(path):  # unlike Path's, this answers for names of any length
+            raise DataMissingError(
+                f"text tokenizer {shown(path, 300)} does not exist: train one with `beit3 train tokenizers/...`"
+            )
         return cls(path.read_bytes(), str(path))
 
     def save(self, path: Path | str) -> None:

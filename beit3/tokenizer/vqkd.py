@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from timm.models.beit import Beit
 from torch import Tensor, nn
 
-from beit3.config import config, nearest, replace, require, to_plain
+from beit3.config import check_types, config, nearest, replace, require, to_plain
 from beit3.errors import ConfigError
 from beit3.model.exchange import read_settings, read_tensors, write_folder
+from beit3.model.released_files import listed, shown
 from beit3.tokenizer.quantizer import VectorQuantizer
 
 
@@ -45,7 +46,9 @@ class VQKDConfig:
     """Training batches without use after which a code restarts; 0 never (official)."""
 
     def __post_init__(self) -> None:
-        for name in ("patch_size", "width", "depth", "decoder_depth", "num_heads", "codebook_size", "code_width"):
+        check_types(self, "tokenizer")
+        sizes = ("patch_size", "width", "depth", "decoder_depth", "num_heads", "codebook_size", "code_width")
+        for name in (*sizes, "teacher_width"):
             require(getattr(self, name) >= 1, f"tokenizer.{name} must be at least 1, not {getattr(self, name)}")
         for side in self.image_size:
             require(
@@ -180,11 +183,18 @@ class VQKD(nn.Module):
         """Read an exchange folder; the result is frozen and in eval mode."""
         settings = read_settings(folder)
         if settings.get("kind") != "vqkd":
-            raise ConfigError(f"{folder} holds a '{settings.get('kind')}', not a visual tokenizer")
-        shape = dict(settings["tokenizer"])
-        shape["image_size"] = tuple(shape["image_size"])
-        model, state = cls(VQKDConfig(**shape)), read_tensors(folder)
-        check_state(model.config, state, str(folder))
+            raise ConfigError(f"{folder} holds a '{shown(settings.get('kind'))}', not a visual tokenizer")
+        given = settings.get("tokenizer")
+        if not isinstance(given, dict):
+            raise ConfigError(f"{folder}: config.json describes no tokenizer: write the folder again")
+        shape = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+        try:
+            config = VQKDConfig(**shape)  # type: ignore[arg-type]
+        except ConfigError as error:
+            raise ConfigError(f"{folder}: config.json describes no tokenizer: {shown(error, 300)}") from error
+        state = read_tensors(folder)
+        check_state(config, state, str(folder))
+        model = cls(config)
         model.load_state_dict(state)
         return model.requires_grad_(False).eval()
 
@@ -198,10 +208,16 @@ def check_state(config: VQKDConfig, state: Mapping[str, Tensor], where: str) -> 
         where: what holds them, for the message.
 
     Raises:
-        ConfigError: one line that lists what is missing, unknown or wrongly shaped.
+        ConfigError: one line that lists what is missing, unknown, wrongly shaped or not finite.
     """
-    with torch.device("meta"):
-        shapes = {name: tuple(value.shape) for name, value in VQKD(config).state_dict().items()}
+    for net, depth in (("encoder", config.depth), ("decoder", config.decoder_depth)):  # before as many are built
+        held = len({name.split(".")[2] for name in state if name.startswith(f"{net}.blocks.")})
+        require(held == depth, f"{where} describes {depth} blocks of its {net}, its weights hold {held}")
+    try:
+        with torch.device("meta"):
+            shapes = {name: tuple(value.shape) for name, value in VQKD(config).state_dict().items()}
+    except (RuntimeError, TypeError, OverflowError) as error:  # torch's, at sizes that no tensor can have
+        raise ConfigError(f"{where} describes a tokenizer that cannot be built: {shown(error)}") from error
     problems = [f"{name} is missing" for name in shapes if name not in state]
     problems += [f"{name} is unknown" for name in state if name not in shapes]
     problems += [
@@ -209,9 +225,17 @@ def check_state(config: VQKDConfig, state: Mapping[str, Tensor], where: str) -> 
         for name, shape in shapes.items()
         if name in state and tuple(state[name].shape) != shape
     ]
+    counted = ("quantize.idle", "quantize.ready")
+    problems += [
+        f"{name} holds {value.dtype}"
+        for name, value in state.items()
+        if name not in counted and not value.is_floating_point()
+    ]
     if problems:
         more = f" and {len(problems) - 10} more" if len(problems) > 10 else ""
         raise ConfigError(f"the VQ-KD weights of {where} do not fit: {'; '.join(problems[:10])}{more}")
+    if broken := [name for name, value in state.items() if not value.isfinite().all()]:
+        raise ConfigError(f"{where} holds NaN or infinity in {listed(broken, 3)}: take an earlier one")
 
 
 def _patch_states(net: Beit, x: Tensor) -> Tensor:

@@ -1,36 +1,32 @@
 """Training state on disk: written beside training, committed by renaming, verified before it is trusted.
 
-A checkpoint is a folder `step-<digits>` whose `manifest.json` names every file with its size and SHA-256, and protects
-itself as well. Its files are those of torch.distributed.checkpoint (DCP), which load into any number of ranks, and one
-`rank-N.pt` of plain data per rank that saved. Writing happens in `step-N.tmp-<id>`; a kill at any moment leaves the
-older checkpoints as they were. These files are for the run that wrote them: DCP unpickles its index, so never resume
-from a stranger's (the exchange folder is the format to pass on).
+A checkpoint is a folder `step-<digits>` whose manifest (`manifest.py`) names every file. Its files are those of
+torch.distributed.checkpoint (DCP), which load into any number of ranks, and one `rank-N.pt` of plain data per rank that
+saved. Writing happens in `step-N.tmp-<id>`; a kill at any moment leaves the older checkpoints as they were. These files
+are for the run that wrote them: DCP unpickles its index, so never resume from a stranger's (the exchange folder is the
+format to pass on).
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 import logging
 import os
 import pickle
-import random
 import re
 import shutil
-import sys
 import threading
 import time
 import uuid
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import IO, Any, TypeVar, cast
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
@@ -41,19 +37,18 @@ from torch.optim import Optimizer
 
 from beit3.errors import BeitError, ConfigError
 from beit3.train.distributed import Ranks
+from beit3.train.manifest import MANIFEST, VERSIONS, damaged_files, describe_file, digest, read_manifest, serialise
+from beit3.train.randomness import random_state, set_random_state
 
 T = TypeVar("T")
 
-MANIFEST = "manifest.json"
 LATEST = "latest"
 """File beside the checkpoints with the name of the one committed last: for people and scripts, never read here."""
-SCHEMA = 1
-"""Version of what a checkpoint holds. The names `schema` and `sha256` of a manifest, and its form, never change."""
 _NAME = re.compile(r"step-([0-9]+)")
-_FILE = re.compile(r"[A-Za-z0-9_.-]+")
+_DAMAGED = ".damaged-"
+"""Marks what was found damaged."""
 _BESIDE = ".tmp-"
 """Marks what is written or deleted: such a folder is never listed as a checkpoint."""
-_VERSION: str = sys.modules["beit3"].__version__  # imported already, but this room may not import it
 logger = logging.getLogger(__name__)
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # DCP's, at every save of a lone process
@@ -71,21 +66,23 @@ class Kept:
     """This many newest."""
     every: int = 0
     """Those of multiples of this step, for ever; 0: none."""
-    best: int | None = None
-    """The one of this step, which had the best evaluation."""
+    best: tuple[int, ...] = ()
+    """Steps of ever better evaluations: the last of these that is there."""
 
     def chosen(self, steps: list[int]) -> set[int]:
         """The steps that stay, out of those there are, oldest first."""
         kept = set(steps[-self.last :])
-        return kept | {step for step in steps if step == self.best or (self.every and step % self.every == 0)}
+        kept |= set([step for step in self.best if step in steps][-1:])
+        return kept | {step for step in steps if self.every and step % self.every == 0}
 
 
 class Checkpoints:
     """All checkpoints of one run.
 
     A save copies the state to host memory, the only moment training waits for; a thread then writes and commits it. The
-    memory stays in use for the next save. A process that ends waits for the thread. All ranks call `save`, `newest` and
-    `restore` in the same order.
+    memory stays in use for the next save. A process that ends does not wait for the thread: without `finish`, a save
+    under way may be lost, and the older checkpoints stay as they were. All ranks call `save`, `newest` and `restore` in
+    the same order.
 
     Args:
         folder: holds the `step-N` folders; storage that all ranks see.
@@ -108,6 +105,8 @@ class Checkpoints:
                 use_non_blocking_copy=on_cuda,
             )
         )
+        self.damaged: list[str] = []
+        """What `newest` passed over, a line each."""
         self._thread: threading.Thread | None = None
         self._saved: int | None = None
         """Step of the newest checkpoint known to be committed."""
@@ -126,7 +125,7 @@ class Checkpoints:
             model: everything that has parameters or buffers (the moving average too), without gradients.
             optimizer: its state.
             extra: this rank's own plain data and tensors (data position, progress); random states are added. A digest
-                of `extra["loader"]` of all ranks goes into the manifest.
+                of `extra["loader"]`, plain data alone, of all ranks goes into the manifest.
             kept: what stays beside this checkpoint.
 
         Raises:
@@ -136,21 +135,19 @@ class Checkpoints:
         started = time.perf_counter()
         self.finish()
         if step != self._saved:
-            own = {"extra": plain(extra), "random": _random_state()}
-            state = self._stager.stage(_state_of(model, optimizer))
-            self._thread = threading.Thread(
-                target=self._run, args=(step, state, own, kept), name="checkpoint", daemon=True
-            )
-            self._thread.start()
+            own = {"extra": plain(extra), "random": random_state()}
+            state = cast(dict[str, Any], self._stager.stage(_state_of(model, optimizer)))
+            self._start(functools.partial(self._write_and_commit, step, state, own, kept))
         self.seconds_blocked += time.perf_counter() - started
 
     def finish(self) -> None:
-        """Wait for the save under way.
+        """Wait for the save under way, as long as the other ranks live.
 
         Raises:
-            RuntimeError: another rank was lost meanwhile.
+            RuntimeError, RankLostError: another rank was lost meanwhile.
         """
         if self._thread is not None:
+            self.ranks.wait_until(lambda: self._thread is None or not self._thread.is_alive())
             self._thread.join()
             self._thread = None
         self._raise_lost()
@@ -175,11 +172,19 @@ class Checkpoints:
             CheckpointError: the folder cannot be read.
         """
         self.finish()
-        names = self._together(lambda: [path.name for path in list_checkpoints(self.folder)])[0]
+        found: list[Path | None] = []
+        self.damaged = []
+        self._aside(lambda: found.append(self._find_newest()))
+        return found[0]
+
+    def _find_newest(self) -> Path | None:
+        names = self._on_main(lambda: [path.name for path in list_checkpoints(self.folder)])
         for name in reversed(names):
             find = functools.partial(damaged_files, self.folder / name, self.ranks.rank, self.ranks.world_size)
-            if not any(self._together(find)):
+            damaged = sorted({file for files in self._together(find) for file in files})
+            if not damaged:
                 return self.folder / name
+            self.damaged.append(f"{name} is damaged ({', '.join(damaged)})")
         return None
 
     def restore(self, path: Path, model: nn.Module, optimizer: Optimizer) -> list[dict[str, Any]]:
@@ -209,16 +214,26 @@ class Checkpoints:
         except CheckpointException as error:
             raise ConfigError(f"{path} does not fit this run: {_first_failure(error)}") from error
         if len(own) == self.ranks.world_size:
-            _set_random_state(own[self.ranks.rank]["random"])
+            set_random_state(own[self.ranks.rank]["random"])
         self._saved = manifest["step"]
         return [part["extra"] for part in own]
 
-    def _run(self, step: int, state: dict[str, Any], own: dict[str, Any], kept: Kept) -> None:
-        """Body of the thread."""
-        try:
-            self._write_and_commit(step, state, own, kept)
-        except BaseException as error:  # the main thread raises it
-            self._lost = error
+    def _start(self, work: Callable[[], None]) -> None:
+        """Do something with the other ranks in a thread."""
+
+        def run() -> None:
+            try:
+                work()
+            except BaseException as error:  # the main thread raises it
+                self._lost = error
+
+        self._thread = threading.Thread(target=run, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def _aside(self, work: Callable[[], None]) -> None:
+        """Do something with the other ranks, however long it takes, as long as they live."""
+        self._start(work)
+        self.finish()
 
     def _raise_lost(self) -> None:
         if self._lost is not None:
@@ -230,12 +245,14 @@ class Checkpoints:
         target = self.folder / f"step-{step:08d}"
         folder: Path | None = None
         try:
-            name = self._together(lambda: self._on_main(lambda: _make_folder(target)))[0]
+            name = self._on_main(lambda: _make_folder(target))
             if name is not None:
                 folder = self.folder / name
-                files, data = _join(self._together(functools.partial(_write_files, folder, state, own, self.ranks)))
+                written = self._together(functools.partial(_write_files, folder, state, own, self.ranks))
+                files = {file: entry for part, _ in written for file, entry in part.items()}
+                data = digest(" ".join(position for _, position in written))
                 manifest = {"step": step, "world_size": self.ranks.world_size, "run": self.run_hash, "data": data}
-                self._together(lambda: self._on_main(lambda: _commit(folder, target, manifest, files)))
+                self._on_main(lambda: _commit(folder, target, manifest, files))
         except CheckpointError as error:
             self._failures.append(f"step {step} could not be saved, older checkpoints are untouched: {error}")
             if folder is not None and self.ranks.is_main:
@@ -243,12 +260,13 @@ class Checkpoints:
             return
         self._saved = step
         try:
-            self._together(lambda: self._on_main(lambda: _tidy(target, kept)))
+            self._on_main(lambda: _tidy(target, kept))
         except CheckpointError as error:
             self._failures.append(f"step {step} is saved, but clearing up after it failed: {error}")
 
-    def _on_main(self, work: Callable[[], T]) -> T | None:
-        return work() if self.ranks.is_main else None
+    def _on_main(self, work: Callable[[], T]) -> T:
+        """Do something on rank 0 and tell all ranks the result; if it fails, all raise the same error."""
+        return cast(T, self._together(lambda: work() if self.ranks.is_main else None)[0])
 
     def _together(self, work: Callable[[], T]) -> list[T]:
         """Do something on every rank and gather the results; if it fails on any, all raise the same error."""
@@ -259,14 +277,11 @@ class Checkpoints:
         except (Exception, CheckpointException) as error:
             logger.debug("a checkpoint failed", exc_info=True)
             failure = isinstance(error, ConfigError), self._describe(error)
-        reports: list[Any] = [(result, failure)]
-        if self.ranks.world_size > 1:
-            reports = [None] * self.ranks.world_size
-            dist.all_gather_object(reports, (result, failure), group=self.ranks.background)
+        reports = self.ranks.gather((result, failure), self.ranks.background)
         for _, found in reports:
             if found is not None:
                 raise (ConfigError if found[0] else CheckpointError)(found[1])
-        return [report[0] for report in reports]
+        return cast(list[T], [report[0] for report in reports])
 
     def _describe(self, error: BaseException) -> str:
         if isinstance(error, CheckpointException):
@@ -282,55 +297,17 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted((path for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()), key=_step_of)
 
 
-def read_manifest(path: Path) -> dict[str, Any] | None:
-    """What a checkpoint says of itself: step, world_size, run, data, versions, and size and sha256 of its files.
+def set_newer_aside(valid: Path) -> None:
+    """Take damaged checkpoints that `newest` passed over out of the way, so that their steps are saved again.
 
-    Returns:
-        None if there is no manifest or it is not, to the bit, as it was written.
-
-    Raises:
-        ConfigError: it was written by a newer version of this package, in a form not known here.
+    They are renamed, and those of an earlier time deleted: storage that rots is better looked at.
     """
-    try:
-        raw = (path / MANIFEST).read_bytes()
-        content: dict[str, Any] = json.loads(raw)
-        if raw != _serialise({name: value for name, value in content.items() if name != "sha256"}):
-            return None
-        schema = int(content["schema"])
-    except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError):
-        return None
-    if schema > SCHEMA:
-        raise ConfigError(
-            f"{path} was written in form {schema} by beit3 {content.get('beit3')}, this version {_VERSION} knows forms "
-            f"up to {SCHEMA}: resume with that version"
-        )
-    return content if _is_complete(content) else None
-
-
-def damaged_files(path: Path, rank: int = 0, world_size: int = 1) -> list[str]:
-    """Files of a checkpoint that are missing or differ from its manifest (size and SHA-256).
-
-    Args:
-        path: a checkpoint.
-        rank: only a share of the files is looked at, so that ranks together look at all.
-        world_size: number of shares.
-
-    Raises:
-        ConfigError: as `read_manifest`.
-    """
-    manifest = read_manifest(path)
-    if manifest is None:
-        return [MANIFEST]
-    files: dict[str, dict[str, Any]] = manifest["files"]
-    names = sorted(files, key=lambda name: (-files[name]["size"], name))[rank::world_size]
-    return sorted(name for name in names if not _is_whole(path / name, files[name]))
-
-
-def delete_newer(valid: Path) -> None:
-    """Delete damaged checkpoints that `newest` passed over, so that their steps are saved again."""
     found = list_checkpoints(valid.parent)
-    for path in found[found.index(valid) + 1 :]:
-        _delete(path)
+    newer, former = found[found.index(valid) + 1 :], list(valid.parent.glob(f"*{_DAMAGED}*"))
+    for path in newer:
+        os.replace(path, path.with_name(f"{path.name}{_DAMAGED}{uuid.uuid4().hex[:8]}"))
+    for path in former if newer else []:
+        shutil.rmtree(path, ignore_errors=True)
     _point_latest(valid)
 
 
@@ -343,14 +320,13 @@ def clean_leftovers(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def plain(value: Any, of_tensor: Callable[[Tensor], Any] = lambda tensor: tensor.detach().cpu().clone()) -> Any:
+def plain(value: Any) -> Any:
     """Copy nested plain data; torch's restricted reader brings all of it back as it is.
 
     Dictionaries of any class become `dict`, numbers of numpy Python's, tensors copies on the CPU.
 
     Args:
         value: None, bool, numbers, str, bytes and tensors in dicts, lists and tuples.
-        of_tensor: what becomes of a tensor.
 
     Raises:
         TypeError: something else is among it.
@@ -360,11 +336,11 @@ def plain(value: Any, of_tensor: Callable[[Tensor], Any] = lambda tensor: tensor
     if value is None or type(value) in (bool, int, float, str, bytes):
         return value
     if isinstance(value, Tensor):
-        return of_tensor(value)
+        return value.detach().cpu().clone()
     if isinstance(value, dict):
-        return {plain(name, of_tensor): plain(item, of_tensor) for name, item in value.items()}
+        return {plain(name): plain(item) for name, item in value.items()}
     if type(value) in (list, tuple):
-        return type(value)(plain(item, of_tensor) for item in value)
+        return type(value)(plain(item) for item in value)
     raise TypeError(f"a checkpoint holds plain data and tensors, not {type(value).__name__}: {value!r:.100}")
 
 
@@ -375,7 +351,7 @@ def _make_folder(target: Path) -> str | None:
     """Make the folder to write in; returns its name, None if the checkpoint exists."""
     if target.exists():
         return None
-    beside = target.with_name(f"{target.name}{_BESIDE}{uuid.uuid4().hex[:12]}")
+    beside = _beside(target)
     beside.mkdir(parents=True)
     return beside.name
 
@@ -387,8 +363,7 @@ def _write_files(
     _write_tensors(folder, state, ranks)
     _write_own(folder / f"rank-{ranks.rank}.pt", own)
     names = [f"rank-{ranks.rank}.pt", *(path.name for path in folder.glob(f"__{ranks.rank}_*"))]
-    data = repr(plain(own["extra"].get("loader"), Tensor.tolist))
-    return {name: _entry(folder / name) for name in names}, _digest(data)
+    return {name: describe_file(folder / name) for name in names}, digest(repr(own["extra"].get("loader")))
 
 
 def _write_tensors(folder: Path, state: dict[str, Any], ranks: Ranks) -> None:
@@ -400,23 +375,15 @@ def _write_tensors(folder: Path, state: dict[str, Any], ranks: Ranks) -> None:
 
 def _write_own(path: Path, own: dict[str, Any]) -> None:
     """Write one rank's plain data."""
-    with open(path, "wb") as file:
+    with _synced(path) as file:
         torch.save(own, file)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _join(written: list[tuple[dict[str, dict[str, Any]], str]]) -> tuple[dict[str, dict[str, Any]], str]:
-    """Join what all ranks wrote."""
-    files = {name: entry for part, _ in written for name, entry in part.items()}
-    return files, _digest(" ".join(data for _, data in written))
 
 
 def _commit(folder: Path, target: Path, manifest: dict[str, Any], files: dict[str, dict[str, Any]]) -> None:
     """Write the manifest and give the folder its name: from then on it is a checkpoint."""
     for path in folder.iterdir():
         if path.name not in files:  # what DCP writes once for all ranks
-            files[path.name] = _entry(path)
+            files[path.name] = describe_file(path)
     for name, entry in files.items():
         if not (folder / name).is_file() or (folder / name).stat().st_size != entry["size"]:
             raise CheckpointError(f"rank 0 does not see {folder / name} as written: all ranks need one shared storage")
@@ -427,11 +394,8 @@ def _commit(folder: Path, target: Path, manifest: dict[str, Any], files: dict[st
 
 
 def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    versions = {"schema": SCHEMA, "torch": str(torch.__version__), "beit3": _VERSION}
-    with open(folder / MANIFEST, "wb") as file:
-        file.write(_serialise({**manifest, **versions}))
-        file.flush()
-        os.fsync(file.fileno())
+    with _synced(folder / MANIFEST) as file:
+        file.write(serialise({**manifest, **VERSIONS}))
 
 
 def _rename(folder: Path, target: Path) -> None:
@@ -452,17 +416,16 @@ def _tidy(newest: Path, kept: Kept) -> None:
 
 
 def _point_latest(newest: Path) -> None:
-    beside = newest.with_name(f"{LATEST}{_BESIDE}{uuid.uuid4().hex[:12]}")
-    with open(beside, "w", encoding="utf-8") as file:
-        file.write(f"{newest.name}\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, newest.with_name(LATEST))
+    latest = newest.with_name(LATEST)
+    beside = _beside(latest)
+    with _synced(beside) as file:
+        file.write(f"{newest.name}\n".encode())
+    os.replace(beside, latest)
 
 
 def _delete(path: Path) -> None:
     """Delete a checkpoint; half of one never bears the name of a whole."""
-    away = path.with_name(f"{path.name}{_BESIDE}{uuid.uuid4().hex[:12]}")
+    away = _beside(path)
     os.rename(path, away)
     shutil.rmtree(away)
 
@@ -510,66 +473,18 @@ def _read_own(path: Path) -> dict[str, Any]:
     return own
 
 
-def _random_state() -> dict[str, Any]:
-    """Random states of this process as plain data."""
-    kind, keys, *rest = cast(tuple[Any, ...], np.random.get_state())
-    state: dict[str, Any] = {
-        "torch": torch.get_rng_state(),
-        "numpy": (kind, keys.tolist(), *rest),
-        "python": random.getstate(),
-    }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
+def _beside(path: Path) -> Path:
+    """A name of its own beside a path, for what is written or deleted."""
+    return path.with_name(f"{path.name}{_BESIDE}{uuid.uuid4().hex[:12]}")
 
 
-def _set_random_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    np.random.set_state(state["numpy"])
-    random.setstate(state["python"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-
-
-def _is_complete(manifest: dict[str, Any]) -> bool:
-    """Whether a manifest says all it must, of files in its own folder."""
-    step, size, files = (manifest.get(name) for name in ("step", "world_size", "files"))
-    return (
-        isinstance(step, int)
-        and isinstance(size, int)
-        and size >= 1
-        and isinstance(files, dict)
-        and all(isinstance(manifest.get(name), str) for name in ("run", "data", "torch", "beit3"))
-        and all(_FILE.fullmatch(name) for name in files)
-        and all(isinstance(entry, dict) and isinstance(entry.get("size"), int) for entry in files.values())
-        and all(f"rank-{rank}.pt" in files for rank in range(size))
-    )
-
-
-def _serialise(manifest: dict[str, Any]) -> bytes:
-    """The one form of a manifest, its own digest included: whatever differs by a bit is damaged."""
-    own = {**manifest, "sha256": _digest(json.dumps(manifest, sort_keys=True))}
-    return (json.dumps(own, indent=1, sort_keys=True) + "\n").encode()
-
-
-def _entry(path: Path) -> dict[str, Any]:
-    return {"size": path.stat().st_size, "sha256": _sha256(path)}
-
-
-def _is_whole(path: Path, entry: dict[str, Any]) -> bool:
-    try:
-        return _entry(path) == entry
-    except OSError:
-        return False
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+@contextmanager
+def _synced(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file to write; at the end its bytes are on the disk."""
+    with open(path, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _sync_folder(folder: Path) -> None:

@@ -1,12 +1,13 @@
 """Ranks: one process each, started by `torchrun`; a plain start is rank 0 of 1.
 
-Each rank leaves its step in the store that the ranks met in. Where one of them stops answering, the others see there
-who it is, say so, and end it if it hangs on the same computer, so that nothing is left behind.
+Each rank shows signs of life in the store that the ranks met in. Where one of them stops answering, the others find out
+there who it is, say so, and end it if it hangs on the same computer, so that nothing is left behind.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -14,11 +15,11 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -28,14 +29,19 @@ from torch.distributed.rendezvous import rendezvous
 from beit3.config import differences
 from beit3.errors import ConfigError, RankLostError
 
+T = TypeVar("T")
+
 DEFAULT_TIMEOUT = 600.0
 """Seconds that ranks wait for each other unless a run says otherwise."""
 _PATIENCE = timedelta(days=1)
 """Longest wait for a rank that evaluates or writes a model while the others have nothing to do."""
-_BEAT = 1.0
-"""Seconds between two notes of where a rank is."""
+_GRACE = 2.0
+"""Seconds that ranks have to leave a note when something common failed."""
 _QUESTION = 2.0
-"""Seconds to wait for an answer about lost ranks: the store may be lost as well."""
+"""Seconds to wait for an answer of the store, which may be lost as well."""
+_WAITS, _LEFT = "waits", "left"
+"""Notes of ranks that wait for another one, and of those that end with a message of their own."""
+_HANGS = "hangs"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +79,7 @@ class Place:
 
 
 class Pulse:
-    """Where every rank is, as they say themselves.
+    """Whether the other ranks live, and who is lost when they do not answer.
 
     Args:
         store: what the ranks met in.
@@ -84,61 +90,133 @@ class Pulse:
 
     def __init__(self, store: Store, places: list[Place], rank: int, timeout: float) -> None:
         self._store = store
-        self._others = [place for place in places if place.rank != rank]
-        self._keeper = places[0] if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" else None
+        self._places = places
         self._rank = rank
         self._timeout = timeout
-        self._said = 0.0
-        self.say(0)
+        self._over = threading.Event()
 
-    def say(self, step: int) -> None:
-        """Say that `step` steps are finished, at most once a second."""
-        now = time.time()
-        if now - self._said >= _BEAT:
-            self._store.set(f"beat/{self._rank}", json.dumps([step, now]))
-            self._said = now
+    def keep_alive(self) -> None:
+        """Show until `leave` that this process runs, however long it works alone."""
+
+        def show() -> None:
+            with contextlib.suppress(RuntimeError):  # the store ends with who keeps it
+                while not self._over.wait(self._timeout / 10):
+                    self._store.set(f"alive/{self._rank}", f"{time.time()}")
+
+        threading.Thread(target=show, name="alive", daemon=True).start()
 
     def leave(self) -> None:
         """Say that this rank ends by itself, with a message of its own."""
+        self._over.set()
         with contextlib.suppress(RuntimeError):  # nobody may be left to listen
-            self._store.set(f"left/{self._rank}", "yes")
+            self._store.set(f"note/{self._rank}", _LEFT)
 
-    def find_lost(self) -> list[str]:
-        """Describe the ranks that ended or hang; those that hang on this computer are ended."""
-        ended = [f"{place}, which has ended" for place in self._others if place.has_ended]
-        if ended:
+    def wait_until(self, done: Callable[[], bool]) -> None:
+        """Wait without a limit for what depends on other ranks, as long as they live.
+
+        Raises:
+            RankLostError: one showed no sign of life for the timeout.
+        """
+        # Of many ranks, each asking for all would be too much for one store.
+        watched = [place for place in self._places if place.rank != self._rank and 0 in (place.rank, self._rank)]
+        signs = {place: (b"", time.monotonic()) for place in watched}
+        asked = time.monotonic()
+        while not done():
+            time.sleep(0.01)
+            now = time.monotonic()
+            if now - asked < self._timeout / 10:
+                continue
+            asked = now
+            found = self._answer(lambda: [self._read(f"alive/{place.rank}") for place in watched])
+            for place, new in zip(watched, found or [b""] * len(watched), strict=True):
+                sign, seen = signs[place]
+                if new not in (sign, b""):
+                    signs[place] = new, now
+                elif now - seen > self._timeout:
+                    place.end()
+                    raise lost_error(self._rank, [f"{place}, which hangs"])
+
+    def find_lost(self, timed_out: bool) -> list[str]:
+        """Describe the ranks that ended or hang, after something common failed; what hangs on this computer is ended.
+
+        Whoever waits leaves a note. The first to do so writes down who is lost, so that all say the same: those that
+        ended, or else, where waiting took its full time, those that leave no note soon, although all that wait do.
+
+        Args:
+            timed_out: whether the full time was waited; otherwise a connection broke, which not all notice at once.
+        """
+        order = self._answer(self._leave_note)
+        if order is None:
+            return self._accuse_keeper()
+        if order == 1:
+            self._answer(lambda: self._store.set("lost", json.dumps(self._missed(timed_out))), _GRACE + _QUESTION)
+        found = self._answer(lambda: self._store.get("lost"), _GRACE + _QUESTION)
+        if found is None:
+            return self._accuse_keeper()
+        lost: dict[str, str] = json.loads(found)
+        for rank, how in lost.items():
+            if how == _HANGS:
+                self._places[int(rank)].end()
+        self._answer(self._let_others_read)
+        return [f"{self._places[int(rank)]}, which {how}" for rank, how in lost.items()]
+
+    def _leave_note(self) -> int:
+        """Say that this rank waits; returns the how-manieth it is."""
+        self._store.set(f"note/{self._rank}", _WAITS)
+        return self._store.add("waiting", 1)
+
+    def _let_others_read(self) -> int:
+        """Rank 0 may keep the store, and does not end before the others know as much."""
+        read = self._store.add("read", 1)
+        deadline = time.monotonic() + _QUESTION / 2
+        while self._rank == 0 and read < self._store.add("waiting", 0) and time.monotonic() < deadline:
+            time.sleep(0.02)
+            read = self._store.add("read", 0)
+        return read
+
+    def _missed(self, timed_out: bool) -> dict[int, str]:
+        """How ranks are lost, by rank."""
+        silent = [place for place in self._places if place.rank != self._rank]
+        ended: dict[int, str] = {}
+        deadline = time.monotonic() + _GRACE
+        while silent and not ended and time.monotonic() < deadline:
+            for place in list(silent):
+                note = self._read(f"note/{place.rank}")
+                if note or place.has_ended:
+                    silent.remove(place)
+                    if note != _WAITS.encode():
+                        ended[place.rank] = "has ended"
+            time.sleep(0.02)
+        if ended or not timed_out:
             return ended
-        answers: list[list[tuple[float, int, bool]]] = []
-        asking = threading.Thread(target=lambda: answers.append(self._ask()), daemon=True)
-        asking.start()
-        asking.join(_QUESTION)
-        if not answers:  # lost is who keeps the store
-            if self._keeper is None or self._keeper.rank == self._rank:
-                return []
-            self._keeper.end()
-            return [f"{self._keeper}, which hangs"]
-        heard = list(zip(self._others, answers[0], strict=True))
-        left = [
-            f"{place}, last heard of after step {step}, which has ended" for place, (_, step, gone) in heard if gone
-        ]
-        if left:
-            return left
-        # All wait for the one that fell silent first, give or take the second between two notes.
-        first = min(seen for _, (seen, _, _) in heard)
-        lost = [(place, step) for place, (seen, step, _) in heard if seen - first < 2 * _BEAT]
-        if time.time() - first < 0.5 * self._timeout:
-            return []
-        for place, _ in lost:
-            place.end()
-        return [f"{place}, last heard of after step {step}, which hangs" for place, step in lost]
+        return {place.rank: _HANGS if place.is_here else "does not answer" for place in silent}
 
-    def _ask(self) -> list[tuple[float, int, bool]]:
-        """When each other rank was heard of, after which step, and whether it said farewell."""
-        found = []
-        for place in self._others:
-            step, seen = json.loads(self._store.get(f"beat/{place.rank}"))
-            found.append((float(seen), int(step), bool(self._store.check([f"left/{place.rank}"]))))
-        return found
+    def _accuse_keeper(self) -> list[str]:
+        """If the store does not answer, who keeps it is lost: rank 0, or torchrun, which is none of the ranks."""
+        keeper = self._places[0]
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or self._rank == 0:
+            return []
+        if keeper.has_ended:
+            return [f"{keeper}, which has ended"]
+        keeper.end()
+        return [f"{keeper}, which {_HANGS}"]
+
+    def _read(self, key: str) -> bytes:
+        """What is written there; empty if nothing is."""
+        return self._store.get(key) if self._store.check([key]) else b""
+
+    def _answer(self, question: Callable[[], T], limit: float | None = None) -> T | None:
+        """Ask the store; None if it does not answer."""
+        answers: list[T] = []
+
+        def ask() -> None:
+            with contextlib.suppress(RuntimeError):
+                answers.append(question())
+
+        asking = threading.Thread(target=ask, daemon=True)
+        asking.start()
+        asking.join(_QUESTION if limit is None else limit)
+        return answers[0] if answers else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,23 +245,34 @@ class Ranks:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return list(tensor.tolist())
 
-    def report(self, step: int) -> None:
-        """Tell the other ranks that `step` steps are finished."""
-        if self.pulse is not None:
-            self.pulse.say(step)
-
-    def gather(self, value: Any) -> list[Any]:
+    def gather(self, value: T, group: dist.ProcessGroup | None = None) -> list[T]:
         """What every rank holds, in order; small plain data."""
         if self.world_size == 1:
             return [value]
         found: list[Any] = [None] * self.world_size
-        dist.all_gather_object(found, value, group=self.patient)
+        dist.all_gather_object(found, value, group=group)
         return found
 
     def barrier(self) -> None:
-        """Wait for all ranks, also for one that evaluates for hours."""
+        """Wait for all ranks, also for one that evaluates for hours, as long as it lives.
+
+        Raises:
+            RankLostError: it does not.
+        """
         if self.world_size > 1:
-            dist.barrier(self.patient)
+            work = dist.barrier(self.patient, async_op=True)
+            assert work is not None
+            self.wait_until(work.is_completed)
+            work.wait()
+
+    def wait_until(self, done: Callable[[], bool]) -> None:
+        """Wait without a limit for what depends on other ranks, as long as they live.
+
+        Raises:
+            RankLostError: one of them does not.
+        """
+        if self.pulse is not None:
+            self.pulse.wait_until(done)
 
 
 def choose_device(name: str) -> torch.device:
@@ -225,21 +314,19 @@ def join_ranks(device_name: str, timeout: float = DEFAULT_TIMEOUT) -> Iterator[R
     store, rank, world_size = _meet(limit)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=PrefixStore("group", store), rank=rank, world_size=world_size, timeout=limit)
-    patient, background = (dist.new_group(backend="gloo", timeout=wait) for wait in (_PATIENCE, limit))
+    patient, background = (dist.new_group(backend="gloo", timeout=_PATIENCE) for _ in range(2))
     assert isinstance(patient, dist.ProcessGroup)  # every rank is a member
     assert isinstance(background, dist.ProcessGroup)
-    places: list[Any] = [None] * world_size
-    dist.all_gather_object(places, Place(rank, socket.gethostname(), os.getpid()), group=patient)
+    ranks = Ranks(rank, world_size, device, patient, background)
+    places = ranks.gather(Place(rank, socket.gethostname(), os.getpid()))
     pulse = Pulse(PrefixStore("pulse", store), places, rank, timeout)
+    pulse.keep_alive()
     try:
-        yield Ranks(rank, world_size, device, patient, background, pulse)
+        yield dataclasses.replace(ranks, pulse=pulse)
     except RuntimeError as error:
-        if not _is_of_the_network(error):
+        if not is_of_the_network(error):
             raise
-        raise RankLostError(
-            f"rank {rank} waited in vain for {'; '.join(pulse.find_lost()) or 'another rank'}: see the first error, "
-            "mend it and go on with --resume"
-        ) from error
+        raise lost_error(rank, pulse.find_lost(timed_out="timed out" in str(error).lower())) from error
     finally:
         pulse.leave()
         dist.destroy_process_group()
@@ -284,9 +371,17 @@ def _name_start(store: Store, rank: int, world_size: int, limit: timedelta) -> s
     return own
 
 
-def _is_of_the_network(error: RuntimeError) -> bool:
-    """Whether a collective failed, and not the program."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error) or "Connection closed" in str(error)
+def lost_error(rank: int, lost: list[str]) -> RankLostError:
+    """What a rank says that waited for others."""
+    whom = "; ".join(lost) or "another rank"
+    return RankLostError(f"rank {rank} waited in vain for {whom}: see the first error, mend it and go on with --resume")
+
+
+def is_of_the_network(error: BaseException) -> bool:
+    """Whether something common failed because of another rank, and not the program here."""
+    if isinstance(error, (dist.DistError, RankLostError)):
+        return True
+    return isinstance(error, RuntimeError) and ("gloo" in str(error) or "Connection closed" in str(error))
 
 
 def refuse_differences(ranks: Ranks, described: dict[str, Any]) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from typing import IO
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
 
-from beit3.config import Run, differences, to_plain, with_defaults
+from beit3.config import Run, differences, require, to_plain, with_defaults
 from beit3.errors import ConfigError
 from beit3.train.distributed import Ranks
 
@@ -52,7 +54,17 @@ def write_record(run: Run) -> None:
     """Write down what the run is, when it starts for the first time."""
     record = run.folder / RUN_FILE
     if not record.exists():
-        record.write_text(json.dumps(to_plain(run), indent=1) + "\n")
+        write_whole(record, json.dumps(to_plain(run), indent=1) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is there as a whole or not at all, even if the machine loses its power."""
+    beside = path.with_name(f"{path.name}.tmp")
+    with open(beside, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
 
 
 def write_preempted(run: Run, ranks: Ranks, step: int) -> None:
@@ -73,16 +85,36 @@ def _without_free(value: object, where: str = "") -> object:
     return {name: _without_free(value[name], names[name]) for name in value if names[name] not in _FREE_TO_CHANGE}
 
 
+def _read_record(record: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(record.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(
+            f"{record} is damaged ({error}): delete it to go on from the checkpoints beside it"
+        ) from error
+
+
 def _claim(run: Run) -> IO[str]:
     folder, record = run.folder, run.folder / RUN_FILE
+    with suppress(OSError):
+        (folder / PREEMPTED).unlink()  # first: what cannot start must not be queued again
     if record.exists() and not run.resume and not run.overwrite:
         raise ConfigError(f"{folder} holds an earlier run: use --resume, --overwrite or another --name")
     if record.exists() and not run.overwrite:
-        stored = with_defaults(json.loads(record.read_text()), run)  # which may be of an earlier version
-        changed = differences(stored, json.loads(json.dumps(to_plain(run))))
+        stored = with_defaults(_read_record(record), run)  # which may be of an earlier version
+        changed = differences(stored, to_plain(run))
         changed = [name for name in changed if name not in _FREE_TO_CHANGE]
         if changed:
             raise ConfigError(f"{folder} was started with other values of {', '.join(changed)}: cannot resume")
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError as error:  # TensorBoard writes nowhere else
+        raise ConfigError(f"{folder!r} is no Unicode text: choose another --out or --name") from error
+    if run.overwrite and folder.is_dir() and (inside := {path.name for path in folder.iterdir()}):
+        require(
+            bool(inside & {RUN_FILE, _LOCK}),
+            f"{folder} holds no run, but {', '.join(sorted(inside)[:3])}: not overwritten; choose another --name",
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / _LOCK, "w")  # noqa: SIM115 - open, and so locked, as long as the run lasts

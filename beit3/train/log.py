@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Mapping
@@ -12,6 +13,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
+
+from beit3.train.folder import write_whole
 
 LOG_FILE = "log.jsonl"
 _SHOWN = ("loss", "mim_accuracy", "mlm_accuracy", "codebook_use", "images_per_second", "mfu")
@@ -37,8 +40,8 @@ class RunLog:
             return
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / LOG_FILE
-        kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= first_step]
-        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        kept = [record for record in _read_records(path) if record["step"] <= first_step]
+        write_whole(path, "".join(f"{json.dumps(record)}\n" for record in kept))
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed in __exit__
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
         self._console = Console(file=sys.stderr)
@@ -110,13 +113,17 @@ class RunLog:
 
 def read_log(folder: Path, event: str = "train") -> list[dict[str, Any]]:
     """Records of a run's log in order."""
-    records = [json.loads(line) for line in _complete_lines(folder / LOG_FILE)]
-    return [record for record in records if record["event"] == event]
+    return [record for record in _read_records(folder / LOG_FILE) if record["event"] == event]
 
 
-def _complete_lines(path: Path) -> list[str]:
-    """Lines of a log; a last one that a kill cut short is left out."""
+def _read_records(path: Path) -> list[dict[str, Any]]:
+    """Records of a log; what a kill cut short or a loss of power left unreadable is left out."""
     if not path.is_file():
         return []
-    text = path.read_text(encoding="utf-8")
-    return text[: text.rfind("\n") + 1].splitlines()
+    records = []
+    for line in path.read_bytes().splitlines():
+        with contextlib.suppress(ValueError):
+            record = json.loads(line)
+            if isinstance(record, dict) and {"step", "event"} <= record.keys():
+                records.append(record)
+    return records

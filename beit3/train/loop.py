@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import random
 import signal
 import statistics
 import time
@@ -18,23 +17,27 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from beit3.config import Run, nearest, to_plain
 from beit3.errors import BeitError, ConfigError, DivergedError, PreemptedError
-from beit3.train.checkpoint import Checkpoints, Kept, clean_leftovers, delete_newer, list_checkpoints
-from beit3.train.distributed import Ranks, join_ranks, refuse_differences
-from beit3.train.folder import CHECKPOINTS, EXPORT, PREEMPTED, fixed_hash, open_folder, write_preempted, write_record
+from beit3.train.checkpoint import Checkpoints, Kept, clean_leftovers, list_checkpoints, set_newer_aside
+from beit3.train.distributed import Ranks, is_of_the_network, join_ranks, refuse_differences
+from beit3.train.folder import CHECKPOINTS, EXPORT, fixed_hash, open_folder, write_preempted, write_record
 from beit3.train.log import RunLog
 from beit3.train.optim import Schedule, build_optimizer
+from beit3.train.randomness import seed_all, unchanged
 from beit3.train.sharding import clip_and_measure, divide, gradients_stay, is_divided, whole_state
 from beit3.train.speed import choose_precision, matmul_ceiling
 from beit3.train.task import Loader, Task, Work
 from beit3.train.watch import BAD_STEPS, LossWatch, check_budget, is_out_of_memory, record_bad_step, shapes_of
+
+_FORMER_BEST = 9
+"""Best steps that are remembered beside the newest: of some the checkpoint may not have been saved."""
 
 
 @dataclass
@@ -47,13 +50,14 @@ class Progress:
     """Steps in a row that were skipped for NaN or infinity."""
     best: float | None = None
     """Best value so far of the metric of `loop.keep_best`, of which more is better."""
-    best_step: int | None = None
+    best_steps: list[int] = field(default_factory=list)
+    """Steps at which it was better than ever before, the last few."""
     losses: LossWatch = field(default_factory=LossWatch)
 
     @classmethod
     def of(cls, saved: dict[str, Any]) -> Progress:
         """Rebuild from `dataclasses.asdict`."""
-        return cls(**{**saved, "losses": LossWatch(**saved.get("losses", {}))})
+        return cls(**{**saved, "losses": LossWatch(**saved["losses"])})
 
 
 @dataclass
@@ -72,6 +76,25 @@ class Meters:
         for name, value in values.items():
             value = value.detach().float()
             self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """What one step found on this rank; the gradients themselves lie in the parameters."""
+
+    losses: list[float]
+    """Of each batch."""
+    norm: float
+    """Over all ranks, before clipping."""
+    keys: list[str]
+    """The step's samples."""
+    statistics: list[Tensor]
+    """Of batch norms, as they were before: forward passes change them."""
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the weights may be changed."""
+        return all(math.isfinite(value) for value in (*self.losses, self.norm))
 
 
 @dataclass
@@ -94,6 +117,10 @@ class Trainer:
     """Measured matrix-product FLOP/s, the denominator of MFU."""
     saved: float = 0.0
     """Seconds of training at the last checkpoint."""
+    statistics: list[Tensor] = field(default_factory=list)
+    """Running means and variances of batch norms."""
+    shapes: str = "none yet"
+    """Tensors of the batch that was computed last, in words."""
 
     @property
     def state(self) -> nn.Module:
@@ -134,35 +161,38 @@ def fit(run: Run) -> dict[str, float]:
         PreemptedError: asked to stop; the state is saved.
     """
     with join_ranks(run.device, run.mesh.timeout) as ranks, _stop_signals() as stop:
-        refuse_differences(ranks, json.loads(json.dumps(to_plain(run))))
+        refuse_differences(ranks, to_plain(run))
         with open_folder(run, ranks):
             trainer = _build(run, ranks)
             if ranks.is_main:
                 write_record(run)  # once the run could be built: one that could not has not started
             if run.resume:
                 _resume(trainer)
-            try:
+            with _last_save(trainer), _memory_told(trainer):
                 with RunLog(run.folder, run.name, run.loop.steps, trainer.progress.step, ranks.is_main) as log:
+                    for text in trainer.checkpoints.damaged:
+                        log.alarm(trainer.progress.step, f"{text}, and put aside; what is older goes on")
                     _train(trainer, log, stop)
                     _save(trainer, log, wait=True)  # first: an evaluation that fails costs no training
                     metrics = _evaluate(trainer, log)
                 _export(trainer, metrics)
-            except BeitError:
-                trainer.checkpoints.finish()
-                raise
             return metrics
 
 
 def _build(run: Run, ranks: Ranks) -> Trainer:
     """Build everything in the order that makes ranks equal: one seed for weights, then one per rank."""
-    _seed(run.seed)
+    seed_all(run.seed)
     dtype = choose_precision(run.precision, ranks.device)
     (narrow,) = ranks.agree(float(dtype == torch.bfloat16))
     dtype = torch.bfloat16 if narrow else torch.float32
-    _seed(run.seed)
+    seed_all(run.seed)
     task = run.task.in_folder(run.data).build().to(ranks.device)
     ema = ModelEmaV3(task, decay=run.optim.ema_decay, use_warmup=True) if run.optim.ema_decay else None
+    if ranks.is_main:
+        task.prepare_data(run)
+    ranks.barrier()
     loader = task.train_loader(run, ranks.rank, ranks.world_size)
+    refuse_differences(ranks, {"data": loader.data_digest})
     if run.loop.compile:
         task.compile()
     model = divide(task, run.mesh, ranks, dtype)
@@ -170,7 +200,7 @@ def _build(run: Run, ranks: Ranks) -> Trainer:
         divide(ema.module, run.mesh, ranks, dtype)
     optimizer = build_optimizer(task, run.optim)
     ceiling = matmul_ceiling(ranks.device, dtype)
-    _seed(run.seed + 1000 * ranks.rank + 1)
+    seed_all(run.seed + 1000 * ranks.rank + 1)
     return Trainer(
         run=run,
         ranks=ranks,
@@ -184,6 +214,7 @@ def _build(run: Run, ranks: Ranks) -> Trainer:
         progress=Progress(),
         dtype=dtype,
         ceiling=ceiling,
+        statistics=[buffer for norm in task.modules() if isinstance(norm, _BatchNorm) for buffer in norm.buffers()],
     )
 
 
@@ -193,18 +224,23 @@ def _train(trainer: Trainer, log: RunLog, stop: list[int]) -> None:
     batches = iter(trainer.loader)
     meters = Meters()
     done = _share_done(trainer) >= 1
+    counted = _now()
     while not done:
-        started = _now()
         trainer.schedule.set(_share_done(trainer))
-        norm = _step(trainer, batches, meters, log)
+        found = _find_gradients(trainer, batches, meters)
+        now = _now()
+        bad, progress.seconds, stopping = ranks.agree(
+            float(not found.is_finite), progress.seconds + now - counted, float(len(stop))
+        )
+        counted = now
+        _skip_step(trainer, log, found) if bad else _take_step(trainer)
         progress.step += 1
-        ranks.report(progress.step)
-        progress.seconds, stopping = ranks.agree(progress.seconds + _now() - started, float(len(stop)))
         log.step(progress.step)
+        paused = _now()
         _tell_failure(trainer, log)
         done = _share_done(trainer) >= 1
         if progress.step % run.loop.log_every == 0 or done:
-            _log(trainer, log, meters, norm)
+            _log(trainer, log, meters, found.norm)
             meters = Meters()
         best = False
         if run.loop.eval_every and progress.step % run.loop.eval_every == 0 and not done:
@@ -216,64 +252,59 @@ def _train(trainer: Trainer, log: RunLog, stop: list[int]) -> None:
             raise PreemptedError(f"stopped at step {progress.step}, state saved in {run.folder}: go on with --resume")
         if best or _is_due(trainer):
             _save(trainer, log)
+        counted += _now() - paused  # what is not training does not count
 
 
-def _step(trainer: Trainer, batches: Iterator[Any], meters: Meters, log: RunLog) -> float:
-    """One optimizer step over `accumulate` batches; a step that is not finite changes nothing."""
-    run, progress = trainer.run, trainer.progress
+def _find_gradients(trainer: Trainer, batches: Iterator[Any], meters: Meters) -> Gradients:
+    """Forward and backward passes over `accumulate` batches."""
+    before = [buffer.clone() for buffer in trainer.statistics]
     window: list[Any] = []
     keys: list[str] = []
-    for _ in range(run.loop.accumulate):
+    for _ in range(trainer.run.loop.accumulate):
         window.append(next(batches))
         keys += trainer.loader.keys
     losses = _add_gradients(trainer, trainer.task.prepare_step(window), meters)
-    norm = clip_and_measure(trainer.task, run.optim.clip_grad)
-    values = torch.stack(losses).tolist()
-    (bad,) = trainer.ranks.agree(float(not np.isfinite([*values, norm]).all()))
-    if bad:
-        record_bad_step(run.folder, progress.step + 1, trainer.ranks.rank, values, norm, keys)
-        _skip_step(trainer, log, values, norm)
-    else:
-        progress.bad_steps = 0
-        trainer.optimizer.step()
-        if trainer.ema is not None:
-            trainer.ema.update(trainer.task, step=progress.step)
+    norm = clip_and_measure(trainer.task, trainer.run.optim.clip_grad)
+    return Gradients(torch.stack(losses).tolist(), norm, keys, before)
+
+
+def _take_step(trainer: Trainer) -> None:
+    """Change the weights."""
+    trainer.progress.bad_steps = 0
+    trainer.optimizer.step()
+    if trainer.ema is not None:
+        trainer.ema.update(trainer.task, step=trainer.progress.step)
     trainer.optimizer.zero_grad(set_to_none=True)
-    return norm
 
 
 def _add_gradients(trainer: Trainer, window: Sequence[Any], meters: Meters) -> list[Tensor]:
     """Forward and backward passes of all batches of a step; their losses."""
     losses: list[Tensor] = []
-    batch: Any = None
-    try:
-        for index, drawn in enumerate(window):
-            batch = trainer.task.move(drawn, trainer.ranks.device)
-            with gradients_stay(trainer.model, index < len(window) - 1), _autocast(trainer):
-                values = trainer.model(batch)
-                loss = values["loss"] / len(window)
-            loss.backward()
-            losses.append(loss.detach().float())
-            meters.add(values, trainer.task.work(batch))
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise BeitError(
-            f"out of memory in step {trainer.progress.step + 1} on rank {trainer.ranks.rank}, with the batch "
-            f"{shapes_of(batch)}: make it smaller, recompute (model.activation_checkpointing), or divide (mesh.shard 0)"
-        ) from error
+    for index, drawn in enumerate(window):
+        batch = trainer.task.move(drawn, trainer.ranks.device)
+        trainer.shapes = shapes_of(batch)
+        with gradients_stay(trainer.model, index < len(window) - 1), _autocast(trainer):
+            values = trainer.model(batch)
+            loss = values["loss"] / len(window)
+        loss.backward()
+        losses.append(loss.detach().float())
+        meters.add(values, trainer.task.work(batch))
     return losses
 
 
-def _skip_step(trainer: Trainer, log: RunLog, losses: list[float], norm: float) -> None:
-    """Count a step that was not finite; end the run when there are too many in a row."""
-    progress, limit = trainer.progress, trainer.run.loop.max_bad_steps
+def _skip_step(trainer: Trainer, log: RunLog, found: Gradients) -> None:
+    """Change nothing, tell of it, and end the run when there were too many such steps in a row."""
+    for buffer, value in zip(trainer.statistics, found.statistics, strict=True):
+        buffer.copy_(value)
+    run, progress, step = trainer.run, trainer.progress, trainer.progress.step + 1
+    record_bad_step(run.folder, step, trainer.ranks.rank, found.losses, found.norm, found.keys)
+    trainer.optimizer.zero_grad(set_to_none=True)
     progress.bad_steps += 1
-    found = f"losses of rank 0 {losses}, gradient norm {norm:g}"
-    log.alarm(progress.step + 1, f"not finite ({found}): nothing is changed, its samples are in {BAD_STEPS}")
-    if progress.bad_steps >= limit:
+    told = f"losses of rank 0 {found.losses}, gradient norm {found.norm:g}"
+    log.alarm(step, f"not finite ({told}): nothing is changed, its samples are in {BAD_STEPS}")
+    if progress.bad_steps >= run.loop.max_bad_steps:
         raise DivergedError(
-            f"loss or gradient was NaN or infinite in {limit} steps in a row up to step {progress.step + 1}: "
+            f"loss or gradient was NaN or infinite in {run.loop.max_bad_steps} steps in a row up to step {step}: "
             "lower optim.lr or resume from an earlier checkpoint"
         )
 
@@ -332,7 +363,7 @@ def _log(trainer: Trainer, log: RunLog, meters: Meters, norm: float) -> None:
 def _evaluate(trainer: Trainer, log: RunLog) -> dict[str, float]:
     """Evaluate on rank 0, without touching the random numbers of training."""
     metrics: dict[str, float] = {}
-    with _same_randomness(trainer.ranks.device):
+    with unchanged():
         task = trainer.whole()
         if trainer.ranks.is_main and task is not None and (batches := task.eval_loader(trainer.run)) is not None:
             task.eval()
@@ -358,9 +389,10 @@ def _is_best(trainer: Trainer, metrics: dict[str, float]) -> bool:
     unknown, value = trainer.ranks.agree(float(main and key not in metrics), value if main else -math.inf)
     if unknown:
         raise ConfigError(f"loop.keep_best '{key}' is no metric of this evaluation; {nearest(key, metrics)}")
-    if progress.best is not None and not value > progress.best:
+    if not math.isfinite(value) or (progress.best is not None and value <= progress.best):
         return False
-    progress.best, progress.best_step = value, progress.step
+    progress.best = value
+    progress.best_steps = [*progress.best_steps[-_FORMER_BEST:], progress.step]
     return True
 
 
@@ -380,10 +412,12 @@ def _save(trainer: Trainer, log: RunLog, wait: bool = False) -> None:
         "loader": trainer.loader.state_dict(),
         "dtype": str(trainer.dtype),
     }
-    kept = Kept(last=run.loop.keep, every=run.loop.keep_every, best=progress.best_step)
+    kept = Kept(last=run.loop.keep, every=run.loop.keep_every, best=tuple(progress.best_steps))
+    if wait:
+        trainer.checkpoints.finish()
+        _tell_failure(trainer, log)  # of an earlier save
     trainer.checkpoints.save(progress.step, trainer.state, trainer.optimizer, extra, kept)
     if wait:
-        _tell_failure(trainer, log)  # of an earlier save
         trainer.checkpoints.finish()
         if failure := _tell_failure(trainer, log):
             raise BeitError(f"{failure}; make room, and go on with --resume")
@@ -414,7 +448,6 @@ def _resume(trainer: Trainer) -> None:
     folder = run.folder / CHECKPOINTS
     if ranks.is_main:
         clean_leftovers(folder)
-        (run.folder / PREEMPTED).unlink(missing_ok=True)
     ranks.barrier()
     path = trainer.checkpoints.newest()
     if path is None and list_checkpoints(folder):
@@ -422,7 +455,7 @@ def _resume(trainer: Trainer) -> None:
     if path is None:
         return
     if ranks.is_main:
-        delete_newer(path)
+        set_newer_aside(path)
     ranks.barrier()
     saved = trainer.checkpoints.restore(path, trainer.state, trainer.optimizer)
     trainer.progress = Progress.of(saved[0]["progress"])
@@ -430,29 +463,39 @@ def _resume(trainer: Trainer) -> None:
     trainer.dtype = {"torch.float32": torch.float32, "torch.bfloat16": torch.bfloat16}[saved[0]["dtype"]]
     trainer.loader.load_state_dict([one["loader"] for one in saved])
     if len(saved) != ranks.world_size:  # nobody's random numbers are this rank's
-        _seed(run.seed + 1000 * ranks.rank + 1 + 1_000_003 * trainer.progress.step)
+        seed_all(run.seed + 1000 * ranks.rank + 1 + 1_000_003 * trainer.progress.step)
+
+
+@contextmanager
+def _last_save(trainer: Trainer) -> Iterator[None]:
+    """Let a save under way end before an error of this rank ends it; where another rank is lost it could not."""
+    try:
+        yield
+    except Exception as error:
+        if not is_of_the_network(error):
+            trainer.checkpoints.finish()
+        raise
+
+
+@contextmanager
+def _memory_told(trainer: Trainer) -> Iterator[None]:
+    """Say what a device had no memory for."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise BeitError(
+            f"out of memory in step {trainer.progress.step + 1} on rank {trainer.ranks.rank}, with the batch "
+            f"{trainer.shapes}: make it smaller, recompute (--task.model.activation-checkpointing), or divide "
+            "(--mesh.shard 0)"
+        ) from error
 
 
 def _autocast(trainer: Trainer) -> Any:
     if trainer.dtype == torch.float32:
         return nullcontext()
     return torch.autocast(trainer.ranks.device.type, dtype=trainer.dtype)
-
-
-def _seed(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
-@contextmanager
-def _same_randomness(device: torch.device) -> Iterator[None]:
-    """Put the random numbers back where they were."""
-    outer = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        yield
-    random.setstate(outer[0])
-    np.random.set_state(outer[1])
 
 
 @contextmanager

@@ -43,7 +43,10 @@ def divide(task: nn.Module, config: MeshConfig, ranks: Ranks, dtype: torch.dtype
         ConfigError: the ranks do not divide.
     """
     if ranks.world_size == 1:
-        require(config.shard <= 1, f"mesh.shard {config.shard} needs as many processes: start with torchrun")
+        require(
+            config.shard <= 1 and not config.offload,
+            f"mesh.shard {config.shard} and mesh.offload need several processes: start with torchrun",
+        )
         return task
     if config.shard == 1:
         device_ids = [ranks.device] if ranks.device.type == "cuda" else None
@@ -56,11 +59,7 @@ def divide(task: nn.Module, config: MeshConfig, ranks: Ranks, dtype: torch.dtype
 
 def lay_mesh(config: MeshConfig, ranks: Ranks) -> DeviceMesh:
     """Ranks in rows of those that share one copy: neighbours, and so the fastest links, share."""
-    size = config.shard or ranks.world_size
-    require(
-        ranks.world_size % size == 0,
-        f"mesh.shard {size} does not divide the {ranks.world_size} ranks: choose a divisor, or 0 for all",
-    )
+    size = config.ranks_of_copy(ranks.world_size)
     if size == ranks.world_size:
         return init_device_mesh(ranks.device.type, (size,), mesh_dim_names=("shard",))
     return init_device_mesh(ranks.device.type, (ranks.world_size // size, size), mesh_dim_names=("copy", "shard"))

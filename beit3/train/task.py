@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from beit3.config import Run
 
+A = TypeVar("A")
 B = TypeVar("B")
 B_co = TypeVar("B_co", covariant=True)
 
@@ -33,6 +34,10 @@ class Loader(Protocol[B_co]):
     def keys(self) -> Sequence[str]:
         """Names of the samples of the batch drawn last."""
 
+    @property
+    def data_digest(self) -> str:
+        """Of what is known of the data, the same on all ranks that see the same data."""
+
     def __iter__(self) -> Iterator[B_co]: ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -49,17 +54,17 @@ class Loader(Protocol[B_co]):
         """
 
 
-class OneStream(Generic[B]):
-    """The one stream of a loader that draws from several, as a loader of its own.
+class Mapped(Generic[A, B]):
+    """A loader whose batches are changed after they are drawn.
 
     Args:
-        loader: its items are dictionaries of batches.
-        name: which of them.
+        loader: what is drawn from.
+        change: turns one of its batches into another.
     """
 
-    def __init__(self, loader: Loader[dict[str, B]], name: str) -> None:
+    def __init__(self, loader: Loader[A], change: Callable[[A], B]) -> None:
         self._loader = loader
-        self._name = name
+        self._change = change
 
     @property
     def skipped(self) -> Counter[str]:
@@ -76,12 +81,16 @@ class OneStream(Generic[B]):
         """Names of the samples of the batch drawn last."""
         return self._loader.keys
 
+    @property
+    def data_digest(self) -> str:
+        """As the loader's."""
+        return self._loader.data_digest
+
     def __iter__(self) -> Iterator[B]:
-        for batches in self._loader:
-            yield batches[self._name]
+        return map(self._change, self._loader)
 
     def state_dict(self) -> dict[str, Any]:
-        """The stream's position."""
+        """The loader's position."""
         return self._loader.state_dict()
 
     def load_state_dict(self, states: Sequence[Mapping[str, Any]]) -> None:
@@ -120,9 +129,12 @@ class Task(nn.Module, ABC, Generic[B]):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
+    def prepare_data(self, run: Run) -> None:
+        """Write what loaders read, such as a cache: on rank 0, which all others wait for, however long it takes."""
+
     @abstractmethod
     def train_loader(self, run: Run, rank: int, world_size: int) -> Loader[B]:
-        """The endless batches of this rank; everything it needs (caches, tokenizers) is prepared here."""
+        """The endless batches of this rank."""
 
     def prepare_step(self, batches: Sequence[B]) -> Sequence[B]:
         """Look at all batches of an optimizer step of this rank, on the CPU, before the first of them is computed.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ class LossWatch:
 
     def spike(self, loss: float) -> str | None:
         """Take in a record; the text of an alarm if its loss jumps above what went before."""
-        if not torch.isfinite(torch.tensor(loss)):
+        if not math.isfinite(loss):
             return None  # told elsewhere
         limit = self.mean + _JUMP * max(self.deviation, 1e-3 * abs(self.mean))
         jumped = self.records >= _PATIENCE and loss > limit
@@ -52,7 +53,7 @@ class LossWatch:
 
 def record_bad_step(
     folder: Path, step: int, rank: int, losses: Sequence[float], norm: float, keys: Sequence[str]
-) -> Path:
+) -> None:
     """Write down which samples a step that is not finite was made of, on this rank.
 
     Args:
@@ -67,10 +68,9 @@ def record_bad_step(
     path.parent.mkdir(parents=True, exist_ok=True)
     values = {"step": step, "rank": rank, "losses": [str(loss) for loss in losses], "gradient_norm": str(norm)}
     path.write_text(json.dumps({**values, "samples": list(keys)}, indent=1) + "\n")
-    return path
 
 
-def check_budget(skipped: Mapping[str, int], used: int, limit: float) -> None:
+def check_budget(skipped: Counter[str], used: int, limit: float) -> None:
     """End a run whose data are worse than it tolerates.
 
     Args:
@@ -81,21 +81,21 @@ def check_budget(skipped: Mapping[str, int], used: int, limit: float) -> None:
     Raises:
         BadDataError: the share is larger, of at least a thousand samples.
     """
-    bad = sum(skipped.values())
+    bad = skipped.total()
     if bad + used >= _ENOUGH and bad > limit * (bad + used):
-        reasons = ", ".join(f"{count} {reason}" for reason, count in Counter(skipped).most_common(5))
+        reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.most_common(5))
         raise BadDataError(
             f"{bad} of {bad + used} samples could not be used ({reasons}), more than loop.max_bad_fraction "
             f"({limit:g}): mend the data, or raise it"
         )
 
 
-def shapes_of(batch: Any, name: str = "") -> str:
+def shapes_of(batch: Any) -> str:
     """The tensors of a batch in words: `images (64, 3, 224, 224) uint8, ...`."""
-    return ", ".join(f"{where or 'batch'} {tuple(t.shape)} {str(t.dtype)[6:]}" for where, t in _tensors(batch, name))
+    return ", ".join(f"{where or 'batch'} {tuple(t.shape)} {str(t.dtype)[6:]}" for where, t in _tensors(batch))
 
 
-def _tensors(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+def _tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
     if isinstance(value, Tensor):
         yield name, value
         return

@@ -7,25 +7,21 @@ from __future__ import annotations
 
 import json
 import os
-import socket
-import subprocess
 import sys
-from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
 
 from beit3.cli import run_command
+from beit3.config import replace
 from beit3.data.labels import labels_file, read_labels
 from beit3.data.preprocess import Preprocess
 from beit3.model.build import build_model
-from beit3.model.presets import ModelConfig
-
-if TYPE_CHECKING:
-    from tests.conftest import Workspace
+from tests.conftest import Workspace
+from tests.processes import free_ports, run_ranks
+from tests.unit.pretrain.conftest import TINY
 
 pytestmark = pytest.mark.distributed
 SCENES, MAPS, FOUND = (f"{folder}coco_detection.val.jsonl" for folder in ("data/coco/", "data/coco/label_maps/", ""))
@@ -43,19 +39,9 @@ def evaluate(task: str, index: str, out: str, batch_size: int) -> int:
 @pytest.fixture
 def place(workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder, with random models."""
-    (tmp_path / "data").symlink_to(workspace.data, target_is_directory=True)
+    workspace.link(tmp_path)
     monkeypatch.chdir(tmp_path)
-    config = ModelConfig(
-        width=32,
-        num_layers=2,
-        num_heads=2,
-        ffn_width=64,
-        patch_size=8,
-        image_size=(48, 48),
-        vocab_size=8,
-        max_text_positions=4,
-        fusion_layers=0,
-    )
+    config = replace(TINY, fusion_layers=0)
     for task, index in (("detection", SCENES), ("segmentation", MAPS)):
         names = read_labels(Path(index).with_name("labels.json"))
         model = build_model(config, task, num_classes=len(names), pyramid_width=16, head_width=16)
@@ -69,25 +55,9 @@ def place(workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     return tmp_path
 
 
-def free_ports(count: int) -> list[str]:
-    with ExitStack() as open_sockets:
-        sockets = [open_sockets.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [str(one.getsockname()[1]) for one in sockets]
-
-
 @pytest.mark.slow
-def test_two_ranks_measure_what_one_process_measures(place: Path, start: Callable[..., subprocess.Popen[str]]) -> None:
-    ports = free_ports(len(INDEXES))
-    group = {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2"}
-    processes = [start([__file__, *ports], place, **group, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2)]
-    try:
-        said = [process.communicate(timeout=240)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], said
+def test_two_ranks_measure_what_one_process_measures(place: Path) -> None:
+    run_ranks(__file__, free_ports(len(INDEXES)), place, 2)
     torch.set_num_threads(1)
     for task, figures in (("detection", ("box_ap", "mask_ap")), ("segmentation", ("mean_iou", "pixel_accuracy"))):
         assert evaluate(task, INDEXES[task], f"{task}-alone", 1) == 0

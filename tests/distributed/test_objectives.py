@@ -1,31 +1,27 @@
 """Two processes count, weigh and wait as one: SuperClass, mixtures, detection, and evaluation on one rank.
 
-As a program (`test_objectives.py FOLDER PORT ...`) this is one of the two processes.
+As a program (`test_objectives.py PORT ...`) this is one of the two processes.
 """
 
 from __future__ import annotations
 
 import os
-import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from beit3.cli import run_command
 from beit3.pretrain.subword_loss import SubwordLoss, join_words
-from beit3.train import distributed, loop
+from beit3.train import distributed
 from beit3.train.log import read_log
-
-if TYPE_CHECKING:
-    from tests.conftest import Workspace
+from tests.conftest import Workspace
+from tests.processes import free_ports, in_group, run_ranks, trained_weights
 
 pytestmark = pytest.mark.distributed
 WORDS = 9
@@ -68,38 +64,13 @@ def wait_for_a_slow_rank(rank: int) -> bool:
     return True
 
 
-def train(recipe: str, *more: str) -> dict[str, torch.Tensor]:
-    """Train through the command line; this rank's final weights and counts."""
-    kept: dict[str, torch.Tensor] = {}
-    save = loop._save
-
-    def keep_and_save(trainer: loop.Trainer, *rest: Any, **options: Any) -> None:
-        kept.update({name: value.clone() for name, value in trainer.task.state_dict().items()})
-        save(trainer, *rest, **options)
-
-    loop._save = keep_and_save
-    try:
-        assert run_command(["train", recipe, "--device", "cpu", "--precision", "fp32", "--out", "ddp", *more]) == 0
-    finally:
-        loop._save = save
-    return kept
-
-
-def in_group(part: Callable[[], Any]) -> Any:
-    dist.init_process_group("gloo")
-    try:
-        return part()
-    finally:
-        dist.destroy_process_group()
-
-
 def parts(rank: int) -> dict[str, Callable[[], Any]]:
     own = [slice(0, 2), slice(2, 3)] if rank == 0 else [slice(3, 5), slice(5, 8)]
     return {
         "subword": lambda: in_group(lambda: subword_step(own)),
         "patience": lambda: wait_for_a_slow_rank(rank),
         **{
-            name: partial(train, f"recipe:{place}:debug", *(DENSE if place.startswith("finetune") else ()))
+            name: partial(trained_weights, [f"recipe:{place}:debug", *(DENSE if place.startswith("finetune") else [])])
             for name, place in RECIPES.items()
         },
     }
@@ -109,39 +80,14 @@ def parts(rank: int) -> dict[str, Callable[[], Any]]:
 def place(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where both processes worked, and left what they found."""
     folder = tmp_path_factory.mktemp("objectives")
-    for name in ("data", "runs"):
-        (folder / name).symlink_to(workspace.folder / name, target_is_directory=True)
-    ports = [str(_free_port()) for _ in parts(0)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(folder), *ports],
-            cwd=folder,
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        errors = [process.communicate(timeout=240)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], errors
+    workspace.link(folder)
+    run_ranks(__file__, free_ports(len(parts(0))), folder, 2)
     return folder
 
 
 def found(place: Path, part: str) -> tuple[Any, Any]:
     first, second = (torch.load(place / f"{part}-{rank}.pt", weights_only=True) for rank in range(2))
     return first, second
-
-
-def _free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port: int = one.getsockname()[1]
-        return port
 
 
 def test_two_ranks_count_documents_as_one_process_does(place: Path) -> None:
@@ -171,11 +117,11 @@ def test_an_objective_trains_on_two_ranks_and_they_end_equal(place: Path, part: 
 
 
 def main() -> None:
-    folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+    rank = int(os.environ["RANK"])
     torch.set_num_threads(1)
-    for port, (name, part) in zip(sys.argv[2:], parts(rank).items(), strict=True):
+    for port, (name, part) in zip(sys.argv[1:], parts(rank).items(), strict=True):
         os.environ["MASTER_PORT"] = port
-        torch.save(part(), folder / f"{name}-{rank}.pt")
+        torch.save(part(), f"{name}-{rank}.pt")
 
 
 if __name__ == "__main__":

@@ -1,20 +1,16 @@
 """Divided weights (FSDP2), copies (DDP) and both (hybrid) learn what one process learns from the joined batch.
 
-As a program (`test_sharding.py FOLDER PORT ...`) this is one of the processes.
+As a program this is one of the processes.
 """
 
 from __future__ import annotations
 
 import itertools
-import os
 import random
-import socket
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,9 +29,8 @@ from beit3.recipes import load_recipe
 from beit3.train.distributed import Ranks, join_ranks
 from beit3.train.optim import build_optimizer
 from beit3.train.sharding import blocks_of, clip_and_measure, divide, gradients_stay, is_divided, lay_mesh, whole_state
-
-if TYPE_CHECKING:
-    from tests.conftest import Workspace
+from tests.conftest import Workspace
+from tests.processes import run_ranks
 
 pytestmark = pytest.mark.distributed
 PARTS, STEPS = 4, 3
@@ -150,34 +145,10 @@ def whole(module: nn.Module) -> dict[str, torch.Tensor]:
 def place(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the processes worked, and left what they found."""
     folder = tmp_path_factory.mktemp("sharding")
-    for name in ("data", "runs"):
-        (folder / name).symlink_to(workspace.folder / name, target_is_directory=True)
+    workspace.link(folder)
     for size in (1, 2, 4):
-        _run_ranks(folder, size)
+        run_ranks(__file__, [], folder, size)
     return folder
-
-
-def _run_ranks(folder: Path, size: int) -> None:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = str(one.getsockname()[1])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(folder)],
-            cwd=folder,
-            env={**environment, "WORLD_SIZE": str(size), "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(size)
-    ]
-    try:
-        errors = [process.communicate(timeout=240)[1][-1500:] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * size, "\n".join(errors)
 
 
 def found(folder: Path, name: str, size: int) -> list[dict[str, Any]]:
@@ -226,17 +197,17 @@ def test_every_block_is_gathered_by_itself() -> None:
 def test_ranks_that_do_not_divide_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"mesh.shard 4 does not divide the 6 ranks"):
         lay_mesh(MeshConfig(shard=4), Ranks(0, 6, torch.device("cpu")))
-    with pytest.raises(ConfigError, match="start with torchrun"):
-        divide(nn.Linear(2, 2), MeshConfig(shard=2), Ranks(0, 1, torch.device("cpu")), torch.float32)
+    for mesh in (MeshConfig(shard=2), MeshConfig(shard=0, offload=True)):
+        with pytest.raises(ConfigError, match="start with torchrun"):
+            divide(nn.Linear(2, 2), mesh, Ranks(0, 1, torch.device("cpu")), torch.float32)
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
     torch.set_num_threads(1)
     with join_ranks("cpu", timeout=60) as ranks:
         for name, case in CASES.items():
             if ranks.world_size in (1, case.ranks):
-                torch.save(learn(case, ranks), folder / f"{name}-{ranks.world_size}-{ranks.rank}.pt")
+                torch.save(learn(case, ranks), f"{name}-{ranks.world_size}-{ranks.rank}.pt")
 
 
 if __name__ == "__main__":

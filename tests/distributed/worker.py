@@ -1,6 +1,6 @@
 """One of two processes of `test_ddp.py`: does each part under a process group of its own, and writes what it found.
 
-Usage: worker.py FOLDER PORT ...      (RANK and WORLD_SIZE in the environment, as torchrun sets them)
+Usage: worker.py PORT ...      (RANK and WORLD_SIZE in the environment, as torchrun sets them)
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from beit3.cli import run_command
 from beit3.config import replace
 from beit3.data.shards import Sample, load_prepared
 from beit3.data.streams import Source, Stream
@@ -27,16 +26,15 @@ from beit3.pretrain import contrastive_loss
 from beit3.pretrain.contrastive import Contrastive, ContrastiveConfig
 from beit3.pretrain.pairs import PairBatch, PairEncoder
 from beit3.tokenizer.quantizer import VectorQuantizer
-from beit3.train import loop
+from tests.processes import in_group, trained_weights
 
-WORKSPACE = Path.cwd()
 PAIRS = 4
 """Pairs of each rank."""
 
 
 def samples() -> list[Sample]:
     """Eight pairs; the last of the second half has the caption of the first of the first half."""
-    found = list(load_prepared(WORKSPACE / "data" / "pairs"))[: 2 * PAIRS]
+    found = list(load_prepared(Path("data/pairs")))[: 2 * PAIRS]
     return [*found[:-1], Sample(found[-1].key, found[-1].image, found[0].text)]
 
 
@@ -54,7 +52,7 @@ def contrastive_task(**changes: Any) -> Contrastive:
             max_text_positions=40,
             fusion_layers=1,
         ),
-        text_tokenizer=WORKSPACE / "runs" / "text_emoji" / "tokenizer.spm",
+        text_tokenizer=Path("runs/text_emoji/tokenizer.spm"),
         pairs=Stream(sources=(Source(path="pairs"),), batch_size=2 * PAIRS),
         crop=CropConfig(size=48),
         max_text_length=24,
@@ -111,66 +109,36 @@ def vectors(part: slice) -> list[torch.Tensor]:
     return [torch.randn(60, 4, generator=generator, dtype=torch.float64)[part] for _ in range(6)]
 
 
-def train(arguments: list[str]) -> dict[str, Any]:
-    """Train through the command line; keeps this rank's final weights."""
-    kept: dict[str, Any] = {}
-    save = loop._save
-
-    def keep_and_save(trainer: loop.Trainer, *rest: Any, **options: Any) -> None:
-        kept.update({name: value.clone() for name, value in trainer.task.state_dict().items()})
-        save(trainer, *rest, **options)
-
-    loop._save = keep_and_save
-    try:
-        code = run_command(["train", *arguments, "--device", "cpu", "--precision", "fp32", "--out", "ddp"])
-    finally:
-        loop._save = save
-    return {"code": code, "state": kept}
-
-
-def in_group(port: str, part: Callable[[], Any]) -> Any:
-    """Do a part under the process group that the environment describes."""
-    os.environ["MASTER_PORT"] = port
-    dist.init_process_group("gloo")
-    try:
-        return part()
-    finally:
-        dist.destroy_process_group()
-
-
-def at_port(port: str, part: Callable[[], Any]) -> Any:
-    """Do a part that joins the group by itself."""
-    os.environ["MASTER_PORT"] = port
-    return part()
-
-
-def parts(rank: int) -> dict[str, tuple[Callable[..., Any], Callable[[], Any]]]:
+def parts(rank: int) -> dict[str, Callable[[], Any]]:
     own = slice(rank * 30, rank * 30 + 30)
-    mdm, contrastive = "recipe:pretrain/mdm_emoji:debug", "recipe:pretrain/contrastive_emoji:debug"
+    parts_in_group: dict[str, Callable[[], Any]] = {
+        **{name: partial(contrastive_share, rank, changes) for name, changes in CONTRASTIVE.items()},
+        "quantizer": lambda: quantizer_steps(vectors(own)),
+        "quantizer_revival": lambda: quantizer_steps([v[:3] for v in vectors(own)], revive_after=2),
+    }
+    runs = {
+        "mdm": ["recipe:pretrain/mdm_emoji:debug"],
+        "contrastive": ["recipe:pretrain/contrastive_emoji:debug"],
+        "lit": ["recipe:finetune/lit_emoji:debug"],
+        "pairs_alone": ["pairs_alone.py"],
+        "cached_vqkd": ["recipe:tokenizers/vqkd_emoji:debug", "--task.cached-crops", "1"],
+    }
     return {
-        **{name: (in_group, partial(contrastive_share, rank, changes)) for name, changes in CONTRASTIVE.items()},
-        "quantizer": (in_group, lambda: quantizer_steps(vectors(own))),
-        "quantizer_revival": (in_group, lambda: quantizer_steps([v[:3] for v in vectors(own)], revive_after=2)),
-        "mdm": (at_port, lambda: train([mdm])),
-        "contrastive": (at_port, lambda: train([contrastive])),
-        "lit": (at_port, lambda: train(["recipe:finetune/lit_emoji:debug"])),
-        "pairs_alone": (at_port, lambda: train(["pairs_alone.py"])),
-        "cached_vqkd": (
-            at_port,
-            lambda: train(["recipe:tokenizers/vqkd_emoji:debug", "--task.cached-crops", "1"]),
-        ),
+        **{name: partial(in_group, part) for name, part in parts_in_group.items()},
+        **{name: partial(trained_weights, arguments) for name, arguments in runs.items()},
     }
 
 
 def main() -> None:
-    folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+    rank = int(os.environ["RANK"])
     torch.set_num_threads(1)
-    for port, (name, (start, part)) in zip(sys.argv[2:], parts(rank).items(), strict=True):
+    for port, (name, part) in zip(sys.argv[1:], parts(rank).items(), strict=True):
+        os.environ["MASTER_PORT"] = port
         try:
-            found = start(port, part)
+            found = part()
         except Exception:
             found = {"error": traceback.format_exc()}
-        torch.save(found, folder / f"{name}-{rank}.pt")
+        torch.save(found, f"{name}-{rank}.pt")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from beit3.config import LoopConfig, MeshConfig, OptimConfig, Run, TaskConfig, config
+from beit3.train import checkpoint
 from beit3.train.task import Loader, Task, Work
 
 WIDTH, ROWS = 6, 4
@@ -31,6 +32,8 @@ class FaultyConfig(TaskConfig):
 
 class Rows:
     """Batches that depend on rank and number alone."""
+
+    data_digest = ""
 
     def __init__(self, rank: int) -> None:
         self.rank, self.used = rank, 0
@@ -59,7 +62,13 @@ class Faulty(Task[Tensor]):
 
     def train_loader(self, run: Run, rank: int, world_size: int) -> Loader[Tensor]:
         self.rank = rank
+        if rank == 1 and os.environ.get("FAULT", "").startswith("save_slowly"):
+            _write_slowly()
         return Rows(rank)
+
+    def prepare_data(self, run: Run) -> None:
+        if os.environ.get("FAULT", "").startswith("prepare_"):
+            misbehave(os.environ["FAULT"].split(":")[0], torch.zeros(()))
 
     def prepare_step(self, batches: Sequence[Tensor]) -> Sequence[Tensor]:
         self.step += 1
@@ -92,7 +101,9 @@ def misbehave(kind: str, loss: Tensor) -> Tensor:
         raise ValueError("a mistake in the model")
     if kind == "exit":
         os._exit(0)
-    if kind == "stop":
+    if kind == "prepare_slowly":
+        time.sleep(6)  # longer than ranks wait for each other
+    if kind in ("stop", "prepare_stop"):
         os.kill(os.getpid(), signal.SIGSTOP)
     if kind == "sleep":
         time.sleep(600)
@@ -114,6 +125,16 @@ def misbehave(kind: str, loss: Tensor) -> Tensor:
     if kind == "infinite_gradient":
         return loss + (loss - loss.detach()) * torch.inf
     return loss
+
+
+def _write_slowly() -> None:
+    write = checkpoint._write_own
+
+    def sleep_and_write(path: Path, own: dict[str, Any]) -> None:
+        time.sleep(6)  # longer than ranks wait for each other
+        write(path, own)
+
+    checkpoint._write_own = sleep_and_write
 
 
 def _fail_next_reduction() -> None:

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 import signal
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from beit3.config import Run, config, replace
 from beit3.pretrain.masked_batches import MaskedBatch
 from beit3.pretrain.masked_data_modeling import MaskedDataModeling, MaskedDataModelingConfig
 from beit3.recipes import load_recipe
-from beit3.train.task import Loader
+from beit3.train.task import Loader, Mapped
 
 
 @config
@@ -29,26 +28,15 @@ class LedgerTask(MaskedDataModeling):
         return Ledger(super().train_loader(run, rank, world_size), run.folder / f"ledger-{rank}.jsonl")
 
 
-class Ledger:
+class Ledger(Mapped[MaskedBatch, MaskedBatch]):
     """A loader that appends a line for each draw."""
 
     def __init__(self, loader: Loader[MaskedBatch], path: Path) -> None:
-        self.loader, self.path, self.draw = loader, path, 0
-
-    @property
-    def skipped(self) -> Counter[str]:
-        return self.loader.skipped
-
-    @property
-    def used(self) -> int:
-        return self.loader.used
-
-    @property
-    def keys(self) -> Sequence[str]:
-        return self.loader.keys
+        super().__init__(loader, lambda batch: batch)
+        self.path, self.draw = path, 0
 
     def __iter__(self) -> Iterator[MaskedBatch]:
-        for batch in self.loader:
+        for batch in super().__iter__():
             self.draw += 1
             with open(self.path, "a") as file:
                 file.write(json.dumps([self.draw, list(self.keys)]) + "\n")
@@ -57,10 +45,10 @@ class Ledger:
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        return {"loader": self.loader.state_dict(), "draw": self.draw}
+        return {"loader": super().state_dict(), "draw": self.draw}
 
     def load_state_dict(self, states: Sequence[Mapping[str, Any]]) -> None:
-        self.loader.load_state_dict([state["loader"] for state in states])
+        super().load_state_dict([state["loader"] for state in states])
         self.draw = states[0]["draw"]
 
 

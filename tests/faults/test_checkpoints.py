@@ -38,17 +38,17 @@ from beit3.train.checkpoint import (
     Checkpoints,
     Kept,
     clean_leftovers,
-    damaged_files,
-    delete_newer,
     list_checkpoints,
+    set_newer_aside,
 )
 from beit3.train.distributed import Ranks
+from beit3.train.manifest import damaged_files, describe_file, serialise
+from tests.processes import environment, wait_for
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 KEEP = Kept(last=9)
 LONGEST = 100.0
 """Seconds after which a scenario counts as hanging."""
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # of DCP
 
 # --- What is saved ----------------------------------------------------------------------------------------------------
 
@@ -120,22 +120,14 @@ def fork(work: Callable[[], object], mark: Path) -> int:
     os._exit(0)
 
 
-def join(processes: list[int], seconds: float = LONGEST) -> list[int | str]:
-    """Exit codes, minus the signal for those that were killed; those that stopped or hang are killed at last."""
-    deadline, ended = time.monotonic() + seconds, dict[int, int | str]()
-    while len(ended) < len(processes):
-        for process in set(processes) - ended.keys():
-            found, status = os.waitpid(process, os.WNOHANG | os.WUNTRACED)
-            if found:
-                ended[process] = "stopped" if os.WIFSTOPPED(status) else os.waitstatus_to_exitcode(status)
-            elif time.monotonic() > deadline:
-                ended[process] = "hangs"
-        time.sleep(0.01)
-    for process, code in ended.items():
-        if isinstance(code, str):
-            os.kill(process, signal.SIGKILL)
-            os.waitpid(process, 0)
-    return [ended[process] for process in processes]
+def join(processes: list[int]) -> list[int | None]:
+    """Exit codes, minus the signal for those that were killed or stopped; None: it hangs. What is left is killed."""
+    codes = wait_for(processes, LONGEST, stopped=True)
+    left = [process for process in processes if codes.get(process, -signal.SIGSTOP) == -signal.SIGSTOP]
+    for process in left:
+        os.kill(process, signal.SIGKILL)
+    wait_for(left, LONGEST)
+    return [codes.get(process) for process in processes]
 
 
 def in_group(folder: Path, name: str, size: int, rank: int, work: Callable[[Ranks], object], timeout: float) -> object:
@@ -161,7 +153,7 @@ def scenario(name: str, folder: Path) -> None:
     """Run a scenario in a fresh process, which may fork: it has started no threads yet."""
     done = subprocess.run(
         [sys.executable, __file__, name, str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env=environment(),
         stderr=subprocess.PIPE,
         text=True,
         check=False,
@@ -302,8 +294,8 @@ def run_losses(folder: Path) -> None:
 @pytest.mark.distributed
 def test_the_survivors_of_a_lost_rank_end_with_an_error_and_the_older_checkpoint_stays(tmp_path: Path) -> None:
     scenario("losses", tmp_path)
-    codes = said(tmp_path, "codes")
-    assert codes == {"K1-killed": [1, -signal.SIGKILL], "K2-killed": [1, -signal.SIGKILL], "stops": [1, "stopped"]}
+    killed, stopped = [1, -signal.SIGKILL], [1, -signal.SIGSTOP]
+    assert said(tmp_path, "codes") == {"K1-killed": killed, "K2-killed": killed, "stops": stopped}
     for name in LOSSES:
         path = Checkpoints(tmp_path / name, ALONE).newest()
         assert path is not None
@@ -517,8 +509,9 @@ def test_any_number_of_damaged_checkpoints_is_passed_over(tmp_path: Path) -> Non
     (paths[3] / "manifest.json").write_text("{}")
     (paths[2] / ".metadata").write_bytes(b"")
     assert checkpoints.newest() == paths[1]
-    delete_newer(paths[1])
+    set_newer_aside(paths[1])
     assert list_checkpoints(tmp_path) == paths[:2]
+    assert not list(tmp_path.glob("*.tmp-*"))
 
 
 class Payload:
@@ -554,8 +547,8 @@ def test_no_reader_of_models_opens_the_index_of_a_strangers_checkpoint(
     del manifest["sha256"]
     for name in (".metadata", "rank-0.pt"):
         (path / name).write_bytes(pickle.dumps(Payload(mark)))
-        manifest["files"][name] = module._entry(path / name)
-    (path / "manifest.json").write_bytes(module._serialise(manifest))
+        manifest["files"][name] = describe_file(path / name)
+    (path / "manifest.json").write_bytes(serialise(manifest))
     assert not damaged_files(path), "a digest proves nothing about whoever made it"
     PICKLED.clear()
     _listening = True

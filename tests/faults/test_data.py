@@ -25,7 +25,6 @@ import pytest
 import torch
 from megatron.energon import CrudeWebdataset
 from megatron.energon.epathlib import EPath
-from PIL import Image
 from torch import Tensor
 
 from beit3.data import shard_reader
@@ -33,12 +32,12 @@ from beit3.data.example_loader import ExampleLoader
 from beit3.data.fingerprint import fingerprint_files
 from beit3.data.images import decode_image
 from beit3.data.prepare import prepare_images, prepare_pairs
-from beit3.data.shard_writer import FolderWriter
 from beit3.data.shards import Sample, load_prepared
 from beit3.data.streams import Source, Stream, StreamLoader
 from beit3.data.texts import clean_text
 from beit3.data.verify import verify_folder
 from beit3.errors import BadDataError, BadSampleError, BeitError, ConfigError
+from tests.unit.data.conftest import BAD, png, write_pairs
 
 Batch = tuple[list[str], Tensor]
 Loader = StreamLoader[Batch]
@@ -64,40 +63,12 @@ class Pairs:
         return [text for texts, _ in units for text in texts], torch.cat([noise for _, noise in units])
 
 
-def png(number: int) -> bytes:
-    data = io.BytesIO()
-    Image.new("RGB", (8, 8), (number % 256, number // 256, 0)).save(data, "PNG")
-    return data.getvalue()
-
-
-def write(
-    folder: Path, count: int, *, per_shard: int = 20, prefix: str = "s", bad: dict[int, str] | None = None
-) -> None:
-    """Write pairs, some of them bad in a way that preparation would have left out."""
-    with FolderWriter(folder, "pairs", max_per_shard=per_shard) as writer:
-        for number in range(count):
-            parts = {"png": png(number), "txt": f"{prefix} {number}".encode(), "json": b"{}"}
-            change = BAD.get((bad or {}).get(number, ""))
-            writer.add(f"{prefix}{number:04d}", change(parts) if change else parts)
-
-
-BAD: dict[str, Callable[[dict[str, bytes]], dict[str, bytes]]] = {
-    "unreadable_image": lambda parts: {**parts, "png": b"<html>not found</html>"},
-    "missing_image": lambda parts: {"txt": parts["txt"]},
-    "empty_caption": lambda parts: {**parts, "txt": b" \n"},
-    "missing_caption": lambda parts: {"png": parts["png"]},
-    "two_images": lambda parts: {**parts, "jpg": parts["png"]},
-    "unreadable_json": lambda parts: {**parts, "json": b"{"},
-}
-"""What makes a pair bad, by the reason it is counted under."""
-
-
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`one` (120 pairs in 6 shards) and `two` (50 in 3)."""
     data = tmp_path_factory.mktemp("corpus")
-    write(data / "one", 120)
-    write(data / "two", 50, prefix="t")
+    write_pairs(data / "one", 120)
+    write_pairs(data / "two", 50, prefix="t")
     return data
 
 
@@ -218,7 +189,7 @@ def test_within_an_epoch_every_sample_comes_once_whoever_resumes(corpus: Path, s
 
 
 def test_bad_samples_and_used_ones_are_counted_over_changes_of_ranks(tmp_path: Path) -> None:
-    write(tmp_path / "one", 120, bad=dict.fromkeys(range(0, 120, 10), "empty_caption"))
+    write_pairs(tmp_path / "one", 120, bad=dict.fromkeys(range(0, 120, 10), "empty_caption"))
     whole = make(tmp_path, 1, 2, batch=8, sources=["one"])
     steps(whole, 30)
     first = make(tmp_path, 1, 2, batch=8, sources=["one"])
@@ -283,7 +254,7 @@ def test_a_batch_need_not_fit_the_processes_asked_for_if_a_state_brings_others(c
 @pytest.mark.parametrize(("ranks", "workers"), [(1, 4), (4, 0), (2, 4)])
 def test_more_data_workers_than_shards_still_see_every_sample_once(tmp_path: Path, ranks: int, workers: int) -> None:
     """Row 38."""
-    write(tmp_path / "one", 48, per_shard=24)
+    write_pairs(tmp_path / "one", 48, per_shard=24)
     loaders = make(tmp_path, ranks, workers, batch=8, buffer=1, sources=["one"])
     keys = [key for step, _ in steps(loaders, 6) for key in step]
     assert Counter(keys) == Counter(f"x/one/s{number:04d}" for number in range(48))
@@ -295,7 +266,7 @@ def test_more_data_workers_than_shards_still_see_every_sample_once(tmp_path: Pat
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_ranks_with_uneven_shares_never_run_out_and_give_equal_batches(tmp_path: Path, ranks: int) -> None:
     """Row 39: 101 samples; every rank has a full batch in every step of five epochs."""
-    write(tmp_path / "one", 101)
+    write_pairs(tmp_path / "one", 101)
     loaders = make(tmp_path, ranks, batch=12, buffer=1, sources=["one"])
     seen = steps(loaders, 45)
     assert all(len(keys) == 12 for keys, _ in seen)
@@ -326,7 +297,7 @@ CHANGES: dict[str, tuple[Callable[[Path], None], str]] = {
 
 def rewrite(data: Path, count: int, prefix: str = "s") -> None:
     shutil.rmtree(data / "one")
-    write(data / "one", count, prefix=prefix)
+    write_pairs(data / "one", count, prefix=prefix)
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -471,7 +442,7 @@ def test_a_damaged_shard_costs_the_samples_that_are_damaged_and_no_others(
     tmp_path: Path, kind: str, workers: int
 ) -> None:
     """Row 40, while training: the damage comes once the folder was found whole."""
-    write(tmp_path / "one", 100)
+    write_pairs(tmp_path / "one", 100)
     loaders = make(tmp_path, 1, workers, batch=1, buffer=1, sources=["one"])
     lost = damage(kind, tmp_path / "one")
     good = {f"x/one/s{number:04d}" for number in range(100)} - {f"x/one/{key}" for key in lost}
@@ -488,7 +459,7 @@ def test_a_damaged_shard_costs_the_samples_that_are_damaged_and_no_others(
 @pytest.mark.parametrize("kind", [*DAMAGE, "flipped_data"])
 def test_verification_names_the_damaged_file_and_every_lost_key(tmp_path: Path, kind: str) -> None:
     """Row 40, before training: flipped data too, which no reader of tars notices."""
-    write(tmp_path / "one", 100)
+    write_pairs(tmp_path / "one", 100)
     assert verify_folder(tmp_path / "one") == []
     if kind == "flipped_data":
         path, place = member(tmp_path / "one", "s0045", "png")
@@ -689,7 +660,7 @@ def test_errors_of_the_disk_that_pass_cost_nothing_but_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, waits: list[float]
 ) -> None:
     """Row 44: every third read of every file fails."""
-    write(tmp_path / "one", 60)
+    write_pairs(tmp_path / "one", 60)
     expected = steps(make(tmp_path, batch=5, sources=["one"]), 24)
     failing(monkeypatch, lambda path, tries: tries % 3 == 0)
     loaders = make(tmp_path, batch=5, sources=["one"])
@@ -702,7 +673,7 @@ def test_errors_of_the_disk_that_stay_cost_their_shard_and_one_short_wait(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, waits: list[float]
 ) -> None:
     """Row 44: a shard cannot be read, then it can again."""
-    write(tmp_path / "one", 60)
+    write_pairs(tmp_path / "one", 60)
     loaders = make(tmp_path, batch=1, buffer=1, sources=["one"])
     broken = True
     failing(monkeypatch, lambda path, tries: broken and path.name == "shard-00001.tar")
@@ -718,7 +689,7 @@ def test_errors_of_the_disk_that_stay_cost_their_shard_and_one_short_wait(
 
 def test_a_shard_that_vanishes_is_counted_and_the_others_go_on(tmp_path: Path) -> None:
     """Row 44, without patches: the waits are real, and short."""
-    write(tmp_path / "one", 60)
+    write_pairs(tmp_path / "one", 60)
     loaders = make(tmp_path, 1, 1, batch=4, buffer=1, sources=["one"])
     (tmp_path / "one" / "shard-00001.tar").unlink()
     started = time.monotonic()
@@ -733,7 +704,7 @@ def test_every_injected_bad_sample_is_counted_under_its_reason(tmp_path: Path) -
     kinds = [*BAD, "unreadable_shard"]
     numbers = random.Random(3).sample([number for number in range(700) if number % 20 != 19], 35)
     bad = {number: kinds[place % len(kinds)] for place, number in enumerate(numbers)}
-    write(tmp_path / "one", 700, bad=bad)
+    write_pairs(tmp_path / "one", 700, bad=bad)
     places = {
         info.name: (path, info.offset)
         for path in (tmp_path / "one").glob("*.tar")
@@ -753,7 +724,7 @@ def test_every_injected_bad_sample_is_counted_under_its_reason(tmp_path: Path) -
 
 def test_a_shard_that_is_bad_throughout_does_not_end_a_stream(tmp_path: Path) -> None:
     """Row 51."""
-    write(tmp_path / "one", 100, bad=dict.fromkeys(range(20, 40), "unreadable_image"))
+    write_pairs(tmp_path / "one", 100, bad=dict.fromkeys(range(20, 40), "unreadable_image"))
     loaders = make(tmp_path, batch=8, sources=["one"])
     assert len({key for step, _ in steps(loaders, 40) for key in step}) == 80
     assert loaders[0].skipped["x/unreadable_image"] > 20
@@ -762,8 +733,8 @@ def test_a_shard_that_is_bad_throughout_does_not_end_a_stream(tmp_path: Path) ->
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_stream_that_is_bad_throughout_ends_with_a_report(tmp_path: Path, workers: int) -> None:
     """Row 51: which stream, where it reads, how many were left out and why; in one line, in time."""
-    write(tmp_path / "one", 40, bad=dict.fromkeys(range(20), "unreadable_image"))
-    write(tmp_path / "two", 40, bad=dict.fromkeys(range(40), "empty_caption"))
+    write_pairs(tmp_path / "one", 40, bad=dict.fromkeys(range(20), "unreadable_image"))
+    write_pairs(tmp_path / "two", 40, bad=dict.fromkeys(range(40), "empty_caption"))
     damaged = tmp_path / "one" / "shard-00001.tar"
     damaged.write_bytes(bytes(damaged.stat().st_size))
     loaders = make(tmp_path, 1, workers, batch=4)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import json
 import random
-import resource
 import signal
 import subprocess
 import sys
@@ -35,7 +34,8 @@ from beit3.tokenizer.text import TextTokenizer, train_text_tokenizer
 
 SECONDS = 5
 """Of computing, for one file."""
-MEMORY = 2 * 2**30
+MEMORY = 10**9
+"""Bytes, of the whole process: what the README promises."""
 Open = Callable[[bytes], None]
 """Opens a mutated file in every way that the package has for it."""
 
@@ -236,7 +236,8 @@ def main() -> None:
             outcomes["refused"] += 1
         finally:
             signal.setitimer(signal.ITIMER_PROF, 0)
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    status = Path("/proc/self/status").read_text(encoding="ascii")  # getrusage would tell the peak of who started this
+    memory = 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
     print(json.dumps({"outcomes": outcomes, "memory": memory}))
 
 

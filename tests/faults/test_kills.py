@@ -10,22 +10,19 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
-import time
-import traceback
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from beit3.cli import run_command
 from beit3.train.checkpoint import list_checkpoints
 from beit3.train.log import read_log
+from tests.faults.ledger import in_order_of_streams, read_ledger
+from tests.processes import environment, fork_command, free_ports, wait_for
 
 pytestmark = pytest.mark.distributed
 RECIPE = Path(__file__).with_name("ledger.py")
@@ -34,8 +31,7 @@ _LONGEST = 120.0
 
 
 def drive(folder: Path, *arguments: str, seconds: float) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
-    subprocess.run([sys.executable, __file__, *arguments], check=True, timeout=seconds, cwd=folder, env=environment)
+    subprocess.run([sys.executable, __file__, *arguments], check=True, timeout=seconds, cwd=folder, env=environment())
 
 
 def digest_of(run: Path, scratch: Path) -> str:
@@ -56,33 +52,30 @@ def digest_of(run: Path, scratch: Path) -> str:
 @pytest.mark.parametrize(
     "kills", [pytest.param(4, id="4"), pytest.param(100, id="100", marks=[pytest.mark.slow, pytest.mark.timeout(3000)])]
 )
-def test_kills_lose_no_sample_repeat_none_and_change_nothing(place: Path, ledger: ModuleType, kills: int) -> None:
+def test_kills_lose_no_sample_repeat_none_and_change_nothing(place: Path, kills: int) -> None:
     drive(place, str(place), str(kills), seconds=280 if kills < 10 else 2900)
     told = json.loads((place / "kills.json").read_text())
     assert sum(run["kills"] for run in told["runs"]) == kills
     assert told["hung"] == 0
-    read = ledger.read_ledger
     whole = place / "out" / "whole"
-    right = [read(whole, rank) for rank in range(2)]
+    right = [read_ledger(whole, rank) for rank in range(2)]
     for run in told["runs"]:
         folder = place / "out" / run["name"]
         assert digest_of(folder, place / "scratch.pt") == digest_of(whole, place / "scratch.pt")
         for rank in range(2):
-            assert read(folder, rank) == right[rank], "samples of every draw, none lost, none twice"
+            assert read_ledger(folder, rank) == right[rank], "samples of every draw, none lost, none twice"
         assert [record["loss"] for record in read_log(folder)] == [record["loss"] for record in read_log(whole)]
         assert not list((folder / "checkpoints").glob("*.tmp-*"))
 
 
-def test_one_two_and_one_ranks_draw_the_same_samples_and_learn_the_same(place: Path, ledger: ModuleType) -> None:
+def test_one_two_and_one_ranks_draw_the_same_samples_and_learn_the_same(place: Path) -> None:
     """Global batch constant, ranks x data processes constant: 1 x 2, 2 x 1, 1 x 2."""
     drive(place, str(place), "elastic", seconds=280)
-    read = ledger.read_ledger
-    whole = read(place / "out" / "whole", 0)
-    chain = place / "out" / "chain"
-    first, second = read(chain, 0), read(chain, 1)
+    whole = read_ledger(place / "out" / "whole", 0)
+    first, second = (read_ledger(place / "out" / "chain", rank) for rank in range(2))
     assert len(whole) == 20
     for draw, keys in whole.items():
-        together = first[draw] if draw not in second else ledger.in_order_of_streams(first[draw], second[draw])
+        together = first[draw] if draw not in second else in_order_of_streams(first[draw], second[draw])
         assert together == keys, draw
     assert set(second) == set(range(8, 15))
     losses = [[record["loss"] for record in read_log(place / "out" / name)] for name in ("whole", "chain")]
@@ -91,37 +84,14 @@ def test_one_two_and_one_ranks_draw_the_same_samples_and_learn_the_same(place: P
 
 def start(name: str, size: int, *more: str, stop_at: int = 0) -> list[int]:
     """Fork the ranks of a run."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = str(one.getsockname()[1])
+    (port,) = free_ports(1)
     ranks = []
     for rank in range(size):
-        process = os.fork()
-        if process == 0:
-            os.setpgid(0, 0)  # to kill it with its data processes
-            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_PORT": port, "STOP_AT": stop_at}
-            os.environ.update({key: str(value) for key, value in place.items()})
-            os.dup2(os.open(f"{name}-{rank}.txt", os.O_CREAT | os.O_WRONLY | os.O_APPEND), 2)
-            code = 1
-            try:
-                code = run_command(["train", str(RECIPE), "--name", name, "--out", "out", "--resume", *more])
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(code)
-        ranks.append(process)
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_PORT": port, "STOP_AT": stop_at}
+        arguments = ["train", str(RECIPE), "--name", name, "--out", "out", "--resume", *more]
+        said = Path(f"{name}-{rank}.txt")
+        ranks.append(fork_command(arguments, said, {key: str(value) for key, value in place.items()}))
     return ranks
-
-
-def wait(ranks: list[int], seconds: float) -> dict[int, int]:
-    """Exit codes of those that ended in time."""
-    deadline, codes = time.monotonic() + seconds, dict[int, int]()
-    while len(codes) < len(ranks) and time.monotonic() < deadline:
-        for process in ranks:
-            if process not in codes and (found := os.waitpid(process, os.WNOHANG))[0]:
-                codes[process] = os.waitstatus_to_exitcode(found[1])
-        time.sleep(0.005)
-    return codes
 
 
 def kill(ranks: list[int]) -> None:
@@ -145,14 +115,14 @@ def kill_and_resume(kills: int, length: tuple[str, ...]) -> dict[str, Any]:
         ranks = start(runs[-1]["name"], 2, *length)
         # Half of the kills fall into the start, half into training, of which saving is a good part.
         moment = draw.uniform(0, 1.5) if draw.random() < 0.5 else draw.uniform(1.5, 5)
-        codes = wait(ranks, moment if done < kills else _LONGEST)
+        codes = wait_for(ranks, moment if done < kills else _LONGEST)
         if len(codes) < len(ranks):
             left = [process for process in ranks if process not in codes]
             victims = left if draw.random() < 0.5 else [draw.choice(left)]
             kill(victims)
             runs[-1]["kills"] += 1
             done += 1
-            codes |= wait([process for process in ranks if process not in codes], _LONGEST)
+            codes |= wait_for([process for process in ranks if process not in codes], _LONGEST)
             hung += len(codes) < len(ranks)
             kill(ranks)
         finished = list(codes.values()) == [0, 0]
@@ -164,14 +134,14 @@ def main() -> None:
     os.chdir(sys.argv[1])
     if sys.argv[2] == "elastic":
         short = ("--loop.steps", "20", "--loop.num-workers")
-        assert wait(ranks := start("whole", 1, *short, "2"), _LONGEST) == dict.fromkeys(ranks, 0)
+        assert wait_for(ranks := start("whole", 1, *short, "2"), _LONGEST) == dict.fromkeys(ranks, 0)
         for size, workers, stop_at, code in ((1, "2", 7, 75), (2, "1", 14, 75), (1, "2", 0, 0)):
             ranks = start("chain", size, *short, workers, stop_at=stop_at)
-            assert wait(ranks, _LONGEST) == dict.fromkeys(ranks, code)
+            assert wait_for(ranks, _LONGEST) == dict.fromkeys(ranks, code)
         return
     kills = int(sys.argv[2])
     length = ("--loop.steps", str(3 * kills + 60))
-    assert wait(ranks := start("whole", 2, *length), 4 * _LONGEST) == dict.fromkeys(ranks, 0)
+    assert wait_for(ranks := start("whole", 2, *length), 4 * _LONGEST) == dict.fromkeys(ranks, 0)
     Path("kills.json").write_text(json.dumps(kill_and_resume(kills, length)))
 
 

@@ -9,7 +9,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,9 +20,9 @@ from typing import Any
 import pytest
 import torch
 
-from beit3.cli import run_command
 from beit3.train.checkpoint import list_checkpoints
 from beit3.train.log import read_log
+from tests.processes import environment, fork_command, free_ports, wait_for
 
 pytestmark = pytest.mark.distributed
 RECIPE = Path(__file__).with_name("faulty.py")
@@ -39,6 +38,7 @@ class Case:
     resumed: bool = False
     """Started a second time without the fault, to the end."""
     quick: bool = False
+    ranks: int = 2
 
 
 CASES = {
@@ -48,6 +48,14 @@ CASES = {
     "averaged_divided": Case(options=("--optim.ema-decay", "0.5", "--mesh.shard", "0")),
     "stop": Case("stop:1:5", resumed=True, quick=True),
     "stop_of_rank_0": Case("stop:0:5"),
+    "whole_of_four": Case(ranks=4),
+    "stop_of_four": Case("stop:2:5", quick=True, ranks=4),
+    "stop_of_rank_0_of_four": Case("stop:0:5", ranks=4),
+    "sleep_of_four": Case("sleep:3:5", ranks=4),
+    "kill_of_four": Case("kill:1:5", ranks=4),
+    "stop_alone": Case("prepare_stop:0:0"),
+    "slow_alone": Case("prepare_slowly:0:0"),
+    "slow_storage": Case("save_slowly:0:0"),
     "sleep": Case("sleep:1:5"),
     "raise": Case("raise:1:5", resumed=True, quick=True),
     "raise_divided": Case("raise:1:5", ("--mesh.shard", "0"), resumed=True),
@@ -75,10 +83,9 @@ class Driver:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        environment = {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2"}
         self.process = subprocess.Popen(
             [sys.executable, __file__, str(folder)],
-            env={**os.environ, **environment},
+            env=environment(WORLD_SIZE="2"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -132,7 +139,7 @@ def assert_ends_as_if_nothing_had_happened(driver: Driver, name: str, whole: str
     assert losses[0] == losses[1]
 
 
-@pytest.mark.parametrize("name", cases("stop", "stop_of_rank_0", "sleep"))
+@pytest.mark.parametrize("name", cases("stop", "stop_of_rank_0", "stop_alone", "sleep"))
 def test_a_rank_that_hangs_ends_all_within_the_timeout_and_is_named(driver: Driver, name: str) -> None:
     found = driver.ended(name)
     lost = int(CASES[name].fault.split(":")[1])
@@ -142,6 +149,30 @@ def test_a_rank_that_hangs_ends_all_within_the_timeout_and_is_named(driver: Driv
     assert re.search(rf"waited in vain for rank {lost} .* which hangs", found["messages"][1 - lost])
 
 
+@pytest.mark.parametrize("name", cases("stop_of_four", "stop_of_rank_0_of_four", "sleep_of_four", "kill_of_four"))
+def test_of_four_ranks_the_lost_one_is_named_by_all_others_and_none_of_them_is_touched(
+    driver: Driver, name: str
+) -> None:
+    found = driver.ended(name)
+    kind, lost, _ = CASES[name].fault.split(":")
+    assert found["seconds"] < driver.ended("whole_of_four")["seconds"] + TIMEOUT + 5
+    how = "has ended" if kind == "kill" else "hangs"
+    for rank, (code, message) in enumerate(zip(found["codes"], found["messages"], strict=True)):
+        if rank == int(lost):
+            assert code == -signal.SIGKILL
+        else:
+            assert code == 1
+            assert re.search(
+                rf"rank {rank} waited in vain for rank {lost} \(process \d+ on \S+\), which {how}:", message
+            )
+
+
+@pytest.mark.parametrize("name", cases("slow_alone", "slow_storage"))
+def test_what_one_rank_does_alone_and_what_it_saves_may_take_longer_than_the_timeout(driver: Driver, name: str) -> None:
+    assert driver.ended(name)["codes"] == [0, 0], driver.ended(name)["messages"]
+    assert saved(driver.run(name))[-1] == 8
+
+
 @pytest.mark.parametrize("name", cases("raise", "raise_divided", "exit", "kill", "kill_rank_0", "memory", "network"))
 def test_a_rank_that_ends_ends_the_other_at_once_and_is_named(driver: Driver, name: str) -> None:
     found = driver.ended(name)
@@ -149,7 +180,7 @@ def test_a_rank_that_ends_ends_the_other_at_once_and_is_named(driver: Driver, na
     assert found["seconds"] < driver.ended("whole")["seconds"] + TIMEOUT + 3
     assert found["codes"][1 - lost] == 1, found["messages"]
     assert f"rank {1 - lost} waited in vain for" in found["messages"][1 - lost]
-    assert not (driver.run(name) / "export").exists() or CASES[name].resumed
+    assert not found["exported"]
 
 
 def test_the_first_error_is_told_by_the_rank_that_had_it(driver: Driver) -> None:
@@ -235,55 +266,34 @@ def test_no_process_is_left(driver: Driver) -> None:
 def start_ranks(folder: Path, name: str, fault: str, more: tuple[str, ...]) -> dict[str, Any]:
     """Fork both ranks, wait for their ends; what is left after a while is killed, and told."""
     case, begun = CASES[name], time.monotonic()
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = str(one.getsockname()[1])
+    (port,) = free_ports(1)
     processes = []
-    for rank in range(2):
-        process = os.fork()
-        if process == 0:
-            os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": port, "FAULT": fault})
-            for stream in (1, 2):
-                os.dup2(os.open(folder / f"{name}-{rank}.txt", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), stream)
-            own = case.of_rank_1 if rank == 1 else ()
-            out = ["--out", str(folder / name)]
-            try:
-                code = run_command(["train", str(RECIPE), *out, *case.options, *more, *own])
-            except BaseException:
-                import traceback
-
-                traceback.print_exc()
-                code = 1
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-        processes.append(process)
-    codes = _wait(processes)
-    messages = [(folder / f"{name}-{rank}.txt").read_text() for rank in range(2)]
-    return {"codes": codes, "messages": messages, "seconds": time.monotonic() - begun, "processes": processes}
-
-
-def _wait(processes: list[int]) -> list[int]:
-    deadline = time.monotonic() + PATIENCE
-    codes: dict[int, int] = {}
-    while len(codes) < len(processes):
-        for process in processes:
-            if process not in codes and (found := os.waitpid(process, os.WNOHANG))[0]:
-                codes[process] = os.waitstatus_to_exitcode(found[1])
-        if time.monotonic() > deadline:
-            for process in processes:
-                if process not in codes:
-                    os.kill(process, signal.SIGKILL)
-        time.sleep(0.02)
-    return [codes[process] for process in processes]
+    for rank in range(case.ranks):
+        own = case.of_rank_1 if rank == 1 else ()
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": port, "FAULT": fault}
+        place["WORLD_SIZE"] = str(case.ranks)
+        arguments = ["train", str(RECIPE), "--out", str(folder / name), *case.options, *more, *own]
+        processes.append(fork_command(arguments, folder / f"{name}-{rank}.txt", place))
+    codes = wait_for(processes, PATIENCE)
+    left = [process for process in processes if process not in codes]
+    for process in left:
+        os.kill(process, signal.SIGKILL)
+    codes |= wait_for(left, PATIENCE)
+    return {
+        "codes": [codes[process] for process in processes],
+        "messages": [(folder / f"{name}-{rank}.txt").read_text() for rank in range(case.ranks)],
+        "seconds": time.monotonic() - begun,
+        "processes": processes,
+    }
 
 
 def run_case(folder: Path, name: str) -> None:
     """Start a case, and again if it is to be resumed; leaves what happened in a file."""
     case = CASES[name]
     found = start_ranks(folder, name, case.fault, ())
-    found["saved"] = saved(folder / name / "faulty")
-    marker = folder / name / "faulty" / "preempted"
+    run = folder / name / "faulty"
+    marker = run / "preempted"
+    found |= {"saved": saved(run), "exported": (run / "export").exists()}
     found["marker"] = marker.read_text() if marker.exists() else None
     if case.resumed:
         found["resumed"] = start_ranks(folder, name, "none:0:0", ("--resume",))

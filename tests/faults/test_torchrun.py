@@ -13,12 +13,14 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 
+from beit3.train.checkpoint import list_checkpoints
 from beit3.train.log import read_log
+from tests.faults.ledger import in_order_of_streams, read_ledger
+from tests.processes import environment, free_ports
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 HERE = Path(__file__).parent
@@ -57,11 +59,10 @@ def start(
     """Start torchrun with a recipe."""
     command = [sys.executable, "-m", "torch.distributed.run", *launch, "-m", "beit3", "train", str(HERE / recipe)]
     mark = uuid.uuid4().hex
-    own = {"OMP_NUM_THREADS": "1", "FAULT": fault, "PYTHONPATH": str(HERE.parent.parent), "MARK": mark}
     process = subprocess.Popen(
         [*command, "--name", name, "--out", "out", "--resume", *more],
         cwd=folder,
-        env={**os.environ, **own},
+        env=environment(FAULT=fault, MARK=mark),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -83,13 +84,10 @@ def ended(*agents: Agent) -> tuple[list[int], str]:
 
 def two_machines(smallest: int) -> tuple[int, list[str]]:
     """The port where two agents of one rank meet, and how each is started."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = one.getsockname()[1]
-    place = f"127.0.0.1:{port}"
-    meet = ["--rdzv-backend", "c10d", "--rdzv-endpoint", place, "--rdzv-id", "test"]
+    (port,) = free_ports(1)
+    meet = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "test"]
     meet += ["--rdzv-conf", "last_call_timeout=5"]  # seconds to wait for more machines than are needed
-    return port, [*meet, "--nnodes", f"{smallest}:2", "--nproc-per-node", "1", "--max-restarts", "3"]
+    return int(port), [*meet, "--nnodes", f"{smallest}:2", "--nproc-per-node", "1", "--max-restarts", "3"]
 
 
 def listens(port: int) -> bool:
@@ -145,6 +143,21 @@ def test_torchrun_restarts_a_run_that_lost_a_rank(whole: Path, fault: str) -> No
     assert_equal_runs(whole, name)
 
 
+def test_a_stop_of_torchrun_saves_the_state_although_data_processes_hear_it_too(place: Path) -> None:
+    launch = ["--standalone", "--nproc-per-node", "2"]
+    endless = ["--loop.steps", "100000", "--loop.save-every", "100000", "--loop.num-workers", "2"]
+    started = start(place, "ledger.py", launch, "stopped", more=endless)
+    run = place / "out" / "stopped"
+    wait_until(lambda: (run / "log.jsonl").exists() and len(read_log(run)) >= 10)
+    started.process.terminate()
+    codes, said = ended(started)
+    assert codes == [1]
+    step = int((run / "preempted").read_text())
+    assert f"stopped at step {step}, state saved" in said
+    assert [path.name for path in list_checkpoints(run / "checkpoints")] == [f"step-{step:08d}"]
+    assert not started.processes()
+
+
 def test_two_machines_restart_together(whole: Path) -> None:
     _, launch = two_machines(smallest=2)
     codes, said = ended(*(start(whole, "faulty.py", launch, "machines", fault="kill:1:5") for _ in range(2)))
@@ -152,28 +165,27 @@ def test_two_machines_restart_together(whole: Path) -> None:
     assert_equal_runs(whole, "machines")
 
 
-def test_a_run_goes_on_with_the_machine_that_is_left(place: Path, ledger: ModuleType) -> None:
+def test_a_run_goes_on_with_the_machine_that_is_left(place: Path) -> None:
     """Two ranks of one data process each become one rank of two; no sample is lost, none is drawn twice."""
-    alone = start(place, "ledger.py", ["--standalone"], "whole", more=["--loop.steps", "60", "--loop.num-workers", "2"])
-    codes, said = ended(alone)
+    long = ["--loop.steps", "60"]
+    codes, said = ended(start(place, "ledger.py", ["--standalone"], "whole", more=[*long, "--loop.num-workers", "2"]))
     assert codes == [0], said
     port, launch = two_machines(smallest=1)
-    left = start(place, "ledger.py", launch, "elastic", more=["--loop.steps", "60"])
+    left = start(place, "ledger.py", launch, "elastic", more=long)
     wait_until(lambda: listens(port))  # the first is where they meet: a run does not outlive that
-    lost = start(place, "ledger.py", launch, "elastic", more=["--loop.steps", "60"])
+    lost = start(place, "ledger.py", launch, "elastic", more=long)
     run = place / "out" / "elastic"
-    wait_until(lambda: (run / "ledger-1.jsonl").exists() and len(ledger.read_ledger(run, 1)) >= 20)
+    wait_until(lambda: (run / "ledger-1.jsonl").exists() and len(read_ledger(run, 1)) >= 20)
     lost.kill()
     codes, said = ended(left)
     assert codes == [0], said
     whole, first, second = (
-        ledger.read_ledger(place / "out" / name, rank) for name, rank in (("whole", 0), ("elastic", 0), ("elastic", 1))
+        read_ledger(place / "out" / name, rank) for name, rank in (("whole", 0), ("elastic", 0), ("elastic", 1))
     )
     assert len(whole) == 60
     for draw, keys in whole.items():
-        together = (
-            first[draw] if len(first[draw]) == len(keys) else ledger.in_order_of_streams(first[draw], second[draw])
-        )
+        alone = len(first[draw]) == len(keys)
+        together = first[draw] if alone else in_order_of_streams(first[draw], second[draw])
         assert together == keys, draw
     losses = [[record["loss"] for record in read_log(place / "out" / name)] for name in ("whole", "elastic")]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)

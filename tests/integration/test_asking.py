@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -21,9 +20,7 @@ from beit3.data.emoji import load_cells
 from beit3.errors import ConfigError
 from beit3.predict import Predictor
 from beit3.tokenizer.text import train_text_tokenizer
-
-if TYPE_CHECKING:
-    from tests.integration.conftest import Released
+from tests.integration.conftest import Released
 
 MODELS = ["--device", "cpu", "--model"]
 

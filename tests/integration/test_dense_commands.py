@@ -9,7 +9,7 @@ import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,9 +32,7 @@ from beit3.model.presets import ModelConfig
 from beit3.model.store import fill_model
 from beit3.predict import Predictor
 from beit3.train.checkpoint import list_checkpoints
-
-if TYPE_CHECKING:
-    from tests.integration.conftest import Released
+from tests.integration.conftest import Released
 
 Row = dict[str, Any]
 CPU = ["--device", "cpu"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
@@ -15,9 +15,7 @@ import beit3
 from beit3.cli import run_command
 from beit3.metrics.zero_shot import token_zero_shot
 from beit3.model.heads import SuperClassModel
-
-if TYPE_CHECKING:
-    from tests.integration.conftest import Released
+from tests.integration.conftest import Released
 
 CPU = ["--device", "cpu"]
 Row = dict[str, Any]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import runpy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,9 +16,7 @@ import beit3
 from beit3.cli import run_command
 from beit3.data.emoji import load_cells
 from beit3.tokenizer.vqkd import VQKD, VQKDConfig
-
-if TYPE_CHECKING:
-    from tests.integration.conftest import Released
+from tests.integration.conftest import Released
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

@@ -8,7 +8,7 @@ import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
@@ -18,9 +18,7 @@ from beit3.cli import run_command
 from beit3.finetune.common import FinetuneTask
 from beit3.model.store import load_model
 from beit3.train.checkpoint import list_checkpoints
-
-if TYPE_CHECKING:
-    from tests.integration.conftest import Released
+from tests.integration.conftest import Released
 
 Start = Callable[..., subprocess.Popen[str]]
 RECIPES = ("classification_emoji", "vqa_emoji", "nlvr2_emoji", "captioning_emoji", "retrieval_emoji")

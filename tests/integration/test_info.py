@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -19,9 +18,7 @@ from beit3.tokenizer.teachers import TeacherConfig
 from beit3.tokenizer.vqkd import VQKD, VQKDConfig
 from beit3.train.checkpoint import Checkpoints, Kept, list_checkpoints
 from beit3.train.distributed import Ranks
-
-if TYPE_CHECKING:
-    from tests.conftest import Workspace
+from tests.conftest import Workspace
 
 PAGE = ["--page", "page.html", "--images", "data/test_vendor", "--number", "8"]
 

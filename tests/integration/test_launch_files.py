@@ -65,7 +65,7 @@ def test_a_stopped_job_is_queued_again_and_a_failed_one_is_not(root: Path, progr
     assert start(script, programs, stopped, RUN="big", **SLURM) == 0
     assert "requeue 7" in (programs.parent / "scontrol.txt").read_text()
     (programs.parent / "scontrol.txt").unlink()
-    assert start(script, programs, "rm -f runs/big/preempted; exit 3", RUN="big", **SLURM) == 3
+    assert start(script, programs, "exit 3", RUN="big", **SLURM) == 3, "the marker is of the earlier start"
     assert "requeue" not in (programs.parent / "scontrol.txt").read_text()
 
 

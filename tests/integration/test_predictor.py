@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
@@ -24,9 +24,7 @@ from beit3.model.official import to_official
 from beit3.model.presets import ModelConfig
 from beit3.predict import Predictor
 from beit3.tokenizer.text import TextTokenizer, train_text_tokenizer
-
-if TYPE_CHECKING:
-    from tests.integration.conftest import Released
+from tests.integration.conftest import Released
 
 QUESTIONS = ["is this a cat?", "which colour has the heart?", "", "how many people are there?", "who?"]
 Given = tuple[list[Image.Image], TextTokenizer]

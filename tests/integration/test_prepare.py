@@ -16,7 +16,8 @@ from torch import Tensor
 from beit3.data.emoji import write_emoji
 from beit3.data.images import decode_image
 from beit3.data.prepare import prepare_images, prepare_pairs, prepare_text
-from beit3.data.streams import Sample, Source, Stream, StreamLoader
+from beit3.data.shards import Sample
+from beit3.data.streams import Source, Stream, StreamLoader
 from beit3.data.texts import clean_text
 from beit3.data.transforms import CropConfig, RandomCrop, normalize
 from beit3.errors import BadSampleError

@@ -8,7 +8,7 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,9 +26,7 @@ from beit3.search.embed import embed_folder
 from beit3.search.index import Index, IndexSettings
 from beit3.search.pictures import Picture
 from beit3.tokenizer.text import TextTokenizer
-
-if TYPE_CHECKING:
-    from tests.conftest import Workspace
+from tests.conftest import Workspace
 
 SHAPE: dict[str, Any] = {
     "num_layers": 1,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
@@ -16,9 +16,7 @@ from beit3.tokenizer.official import load_visual_tokenizer
 from beit3.tokenizer.text import TextTokenizer
 from beit3.tokenizer.vqkd import VQKD, VQKDConfig
 from beit3.train.log import read_log
-
-if TYPE_CHECKING:
-    from tests.conftest import Workspace
+from tests.conftest import Workspace
 
 TOKENIZE = ["tokenize", "images", "data/pairs", "data/codes", "--tokenizer", "runs/vqkd_emoji/export"]
 CROP = ["--crop.size", "48", "--crop.scale", "0.5", "1", "--crop.flip", "0", "--crop.color-jitter", "0.2"]

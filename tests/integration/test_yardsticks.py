@@ -8,7 +8,7 @@ import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import timm
@@ -25,9 +25,7 @@ from beit3.finetune.linear_probe import LinearProbe, load_linear_probe
 from beit3.metrics.probe import few_shot_accuracy, knn_accuracy, linear_accuracy
 from beit3.model.exchange import read_tensors
 from beit3.train.task import Work
-
-if TYPE_CHECKING:
-    from tests.integration.conftest import Released
+from tests.integration.conftest import Released
 
 Start = Callable[..., subprocess.Popen[str]]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "beit3"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
@@ -28,9 +28,7 @@ from beit3.tokenizer.subwords import Subwords, WordList
 from beit3.tokenizer.text import TextTokenizer
 from beit3.train.distributed import join_ranks
 from beit3.zero_shot import measure_zero_shot, zero_shot_judge
-
-if TYPE_CHECKING:
-    from tests.conftest import Workspace
+from tests.conftest import Workspace
 
 NAMES = ["ant", "red bee", "cat"]
 SHAPE = ModelConfig(

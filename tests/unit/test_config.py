@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
@@ -23,9 +23,7 @@ from beit3.config import (
     with_defaults,
 )
 from beit3.errors import ConfigError
-
-if TYPE_CHECKING:
-    from beit3.train.task import Task
+from beit3.train.task import Task
 
 
 @config

@@ -7,12 +7,13 @@ import itertools
 import multiprocessing
 import os
 import random
+import subprocess
 import time
 import tracemalloc
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -26,9 +27,6 @@ from beit3.data.example_loader import ExampleLoader, _TrainingBatches, evaluatio
 from beit3.data.index_files import read_picture
 from beit3.data.preprocess import Preprocess
 from beit3.errors import BadSampleError, BeitError, ConfigError
-
-if TYPE_CHECKING:
-    import subprocess
 
 WORKERS = pytest.mark.parametrize("workers", [0, 1, 2])
 

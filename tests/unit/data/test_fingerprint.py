@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from beit3.data.fingerprint import data_changes, fingerprint_files, fingerprint_folder
-from beit3.data.resume import is_same_data, share_of_counts
+from beit3.data.loaders import belongs_here, share_of_counts
 from beit3.errors import ConfigError
 
 
@@ -64,15 +64,16 @@ def test_differences_are_said_file_by_file(new: dict[str, dict[str, Any]], expec
 
 
 def test_many_differences_are_counted_after_the_first_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    state: dict[str, Any] = {"data": OLD, "settings": {"seed": 1}}
     with pytest.raises(ConfigError, match=r": a removed; b removed; c removed and 1 more\. Restore them"):
-        is_same_data(OLD, {}, allow_change=False, rank=1)
-    assert not is_same_data(OLD, {}, allow_change=True, rank=1)
+        belongs_here(state, {}, {}, allow_change=False, rank=1)
+    assert not belongs_here(state, {}, {}, allow_change=True, rank=1)
     assert capsys.readouterr().err == "", "one rank says it"
-    assert not is_same_data(OLD, {}, allow_change=True, rank=0)
+    assert not belongs_here(state, {}, {}, allow_change=True, rank=0)
     assert capsys.readouterr().err.count("\n") == 1
-    assert is_same_data(OLD, OLD, allow_change=False, rank=0)
-    with pytest.raises(ConfigError, match="by an earlier version"):
-        is_same_data(None, OLD, allow_change=True, rank=0)
+    assert belongs_here(state, {"seed": 1}, OLD, allow_change=False, rank=0)
+    with pytest.raises(ConfigError, match="the data state was saved with seed 1, this run has 2"):
+        belongs_here(state, {"seed": 2}, OLD, allow_change=True, rank=0)
 
 
 def test_counts_stay_with_equal_ranks_and_are_summed_for_others() -> None:

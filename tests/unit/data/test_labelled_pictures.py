@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -15,9 +14,7 @@ from beit3.data.example_loader import evaluation_batches
 from beit3.data.labelled_pictures import CentralCrop, LabelledPictures
 from beit3.data.preprocess import Preprocess
 from beit3.errors import ConfigError
-
-if TYPE_CHECKING:
-    from tests.conftest import Workspace
+from tests.conftest import Workspace
 
 
 def photo(width: int, height: int) -> Image.Image:

@@ -13,18 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 
 from beit3.data.prepare import load_prepared, prepare_images, prepare_pairs, prepare_text
-from beit3.data.streams import Sample, Source, Stream, StreamLoader
+from beit3.data.shards import Sample
+from beit3.data.streams import Source, Stream, StreamLoader
 from beit3.data.texts import MAX_CAPTION_CHARS
 from beit3.errors import BeitError, ConfigError, DataMissingError
-
-
-def png(number: int = 0, size: tuple[int, int] = (8, 8)) -> bytes:
-    data = io.BytesIO()
-    Image.new("RGB", size, (number % 256, 7, 7)).save(data, "PNG")
-    return data.getvalue()
+from tests.unit.data.conftest import png
 
 
 def tar_of(members: list[tuple[str, bytes]]) -> bytes:
@@ -92,7 +87,7 @@ def test_every_kind_of_bad_sample_is_counted_exactly(tmp_path: Path) -> None:
         ("no_text.png", png()),
         ("empty.png", png()), ("empty.txt", b" \n"),
         ("html.jpg", b"<html>"), ("html.txt", b"a page"),
-        ("cut.png", png()[:50]), ("cut.txt", b"cut"),
+        ("cut.png", png()[:40]), ("cut.txt", b"cut"),
         ("dot.png", png(size=(1, 1))), ("dot.txt", b"dot"),
         ("good.png", png(1)), ("good.txt", b"second of that name"),
         ("number.png", png()), ("number.json", b'{"caption": 7}'),

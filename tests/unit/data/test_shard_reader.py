@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import shutil
 import sqlite3
 import tarfile
 from pathlib import Path
@@ -22,7 +24,7 @@ from beit3.data.shard_reader import (
     split_members,
 )
 from beit3.data.shards import load_prepared, open_reader
-from beit3.errors import BadSampleError
+from beit3.errors import BadSampleError, ConfigError
 
 NAMES = ["a.png", "folder/b.txt", "x" * 90 + "/" + "y" * 90 + ".json", "z" * 300 + ".png", "caf\u00e9.txt", "big.jpg"]
 
@@ -108,6 +110,19 @@ def test_lines_are_read_by_their_numbers(corpus: Path) -> None:
     assert reader.counts == {"text.jsonl": 50}
     assert reader.read(7) == ("7", {"json": b'{"text": "line 7"}\n'})
     assert [sample.text for sample in load_prepared(corpus / "text")] == [f"line {number}" for number in range(50)]
+
+
+@pytest.mark.parametrize("outside", ["../pairs/shard-000000.tar", "/etc/passwd", "a/../../b.tar"])
+@pytest.mark.parametrize(("file", "field"), [(".nv-meta/.info.json", "shard_counts"), ("prepare.json", "files")])
+def test_records_cannot_name_files_outside_their_folder(
+    corpus: Path, tmp_path: Path, file: str, field: str, outside: str
+) -> None:
+    folder = shutil.copytree(corpus / "pairs", tmp_path / "other")
+    record = json.loads((folder / file).read_text())
+    record[field][outside] = 1
+    (folder / file).write_text(json.dumps(record))
+    with pytest.raises(ConfigError, match="lies outside the folder"):
+        next(load_prepared(folder))
 
 
 def test_excluded_samples_are_none(corpus: Path) -> None:

@@ -7,7 +7,6 @@ import itertools
 import random
 import shutil
 import time
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,10 @@ from torch import Tensor
 
 from beit3.config import LoopConfig, Run, TaskConfig, config
 from beit3.data.images import decode_image
-from beit3.data.streams import Sample, Source, Stream, StreamLoader
+from beit3.data.shards import Sample
+from beit3.data.streams import Source, Stream, StreamLoader
 from beit3.data.texts import clean_text
-from beit3.errors import BadSampleError, BeitError, ConfigError, DataMissingError
+from beit3.errors import BadSampleError, ConfigError, DataMissingError
 
 Batch = tuple[list[str], Tensor]
 
@@ -148,56 +148,11 @@ def test_every_step_holds_one_full_batch_of_every_stream(corpus: Path) -> None:
         assert all(text.startswith("line ") for text in batch["text"][0])
 
 
-def test_one_pass_shows_every_sample_once(corpus: Path) -> None:
-    loader = StreamLoader(
-        {"pairs": Stream(sources=(Source(path="pairs"),), batch_size=10, shuffle_buffer=1)},
-        {"pairs": NoisyEncoder()},
-        data=corpus,
-        seed=3,
-    )
-    seen = [text for batch in take(loader, 10) for text in batch["pairs"][0]]
-    assert Counter(seen) == Counter(f"s {number}" for number in range(100))
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_ranks_share_the_samples_without_overlap(corpus: Path, workers: int) -> None:
-    parts = []
-    for rank in (0, 1):
-        loader = make(corpus, workers, rank=rank, world=2, pairs="pairs")
-        batches = [batch["pairs"][0] for batch in take(loader, 40)]
-        assert {len(texts) for texts in batches} == {4}
-        parts.append({text for texts in batches for text in texts})
-    assert not parts[0] & parts[1]
-    assert len(parts[0] | parts[1]) == 100
-
-
 def test_sources_are_blended_by_weight(corpus: Path) -> None:
     sources = (Source(path="pairs", weight=3.0), Source(path="more", weight=1.0))
     loader = StreamLoader({"x": Stream(sources=sources, batch_size=50)}, {"x": NoisyEncoder()}, data=corpus, seed=0)
     texts = [text for batch in take(loader, 20) for text in batch["x"][0]]
     assert 0.70 < sum(text.startswith("s") for text in texts) / len(texts) < 0.80
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_bad_samples_are_skipped_counted_and_remembered(corpus: Path, workers: int) -> None:
-    loader = make(corpus, workers, pairs="bad")
-    texts = [text for batch in take(loader, 30) for text in batch["pairs"][0]]
-    assert len(texts) == 240
-    assert not any(int(text[2:]) % 4 == 0 for text in texts)
-    count = loader.skipped["pairs/unreadable_image"]
-    assert set(loader.skipped) == {"pairs/unreadable_image"}
-    assert 60 <= count <= 100
-    again = make(corpus, workers, pairs="bad")
-    again.load_state_dict([saved(loader)])
-    assert again.skipped == loader.skipped
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_stream_of_bad_samples_only_ends_with_one_clear_line(corpus: Path, workers: int) -> None:
-    with pytest.raises(BeitError, match=r"stream 'pairs' gives no usable sample \(\d+ unreadable_image\)") as caught:
-        take(make(corpus, workers, pairs="useless"), 1)
-    assert "\n" not in str(caught.value)
-    assert "useless" in str(caught.value)
 
 
 def test_a_fault_of_the_encoder_is_not_taken_for_bad_data(corpus: Path) -> None:
@@ -228,17 +183,7 @@ def test_missing_or_cut_files_are_named_before_training(corpus: Path, tmp_path: 
         make(tmp_path, pairs="pairs")
 
 
-def test_what_cannot_be_shared_out_is_refused(corpus: Path) -> None:
-    with pytest.raises(ConfigError, match=r"batch_size 8 is not divisible by 3 data workers \(3 ranks x 1\)"):
-        make(corpus, world=3)
-    with pytest.raises(ConfigError, match="50 samples for 64 data workers"):
-        StreamLoader(
-            {"x": Stream(sources=(Source(path="text"),), batch_size=64)},
-            {"x": NoisyEncoder()},
-            data=corpus,
-            seed=0,
-            num_workers=64,
-        )
+def test_streams_without_encoders_or_weights_are_refused(corpus: Path) -> None:
     with pytest.raises(ConfigError, match="same names"):
         StreamLoader({"a": Stream(sources=(Source(path="pairs"),), batch_size=2)}, {}, data=corpus, seed=0)
     with pytest.raises(ConfigError, match="weight"):

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import pytest
 
 from beit3.data.texts import MAX_CAPTION_CHARS, clean_text
 from beit3.errors import BadSampleError
 from beit3.model.presets import BOS, EOS, PAD
 from beit3.tokenizer.text import TextTokenizer
-
-if TYPE_CHECKING:
-    from tests.conftest import Workspace
+from tests.conftest import Workspace
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -90,3 +93,38 @@ def test_what_is_no_prepared_folder_is_refused(copied: Callable[[str], Path], tm
     (folder / "prepare.json").write_text("{")
     with pytest.raises(ConfigError, match=r"prepare.json is damaged .*: run `beit3 prepare` again"):
         verify_folder(folder)
+
+
+def test_samples_are_read_one_by_one_only_where_hashes_do_not_speak_for_them(
+    copied: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+
+    def note(reader: object, name: str, numbers: range) -> list[str]:
+        read.append(name)
+        return []
+
+    monkeypatch.setattr("beit3.data.verify._damaged_samples", note)
+    folder = copied("pairs")
+    assert verify_folder(folder) == []
+    assert verify_folder(copied("text")) == []
+    assert read == []
+    (folder / "shard-00001.tar").write_bytes((folder / "shard-00001.tar").read_bytes()[:-512])
+    verify_folder(folder)
+    assert read == ["shard-00001.tar"]
+    report = folder / "prepare.json"
+    record = json.loads(report.read_text())
+    del record["sha256"][KEYS_FILE]  # as earlier versions wrote it
+    report.write_text(json.dumps(record))
+    verify_folder(folder)
+    assert read[1:] == [f"shard-{number:05d}.tar" for number in range(5)]
+
+
+def test_keys_of_other_samples_are_named(copied: Callable[[str], Path]) -> None:
+    folder = copied("pairs")
+    with closing(sqlite3.connect(folder / KEYS_FILE)) as database, database:
+        database.execute("UPDATE samples SET sample_key = 'another' WHERE sample_key = 's0047'")
+    assert verify_folder(folder) == [
+        "shard-00002.tar: sample 'another': unreadable_shard: "
+        f"{folder / 'shard-00002.tar'}: 's0047' lies where the index has 'another'"
+    ]

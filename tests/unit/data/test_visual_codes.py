@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -21,9 +20,7 @@ from beit3.data.visual_codes import CodeTable, draw_crop, open_codes, tokenizer_
 from beit3.data.write_codes import CodesConfig, CodesReport, write_codes
 from beit3.errors import BadSampleError, ConfigError, DataMissingError
 from beit3.tokenizer.vqkd import VQKD
-
-if TYPE_CHECKING:
-    from tests.conftest import Workspace
+from tests.conftest import Workspace
 
 CROP = CropConfig(size=48, scale=(0.5, 1.0), color_jitter=0.3)
 CPU = torch.device("cpu")

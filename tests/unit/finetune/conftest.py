@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -16,9 +16,7 @@ from beit3.finetune.nlvr2 import NLVR2Config
 from beit3.finetune.retrieval import RetrievalConfig
 from beit3.finetune.vqa import VQAConfig
 from beit3.model.presets import ModelConfig
-
-if TYPE_CHECKING:
-    from tests.conftest import Workspace
+from tests.conftest import Workspace
 
 NAMES = {
     "classification": "groups",

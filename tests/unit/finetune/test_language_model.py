@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
@@ -16,9 +16,7 @@ from beit3.errors import BadSampleError, ConfigError, DataMissingError
 from beit3.finetune.conversation import Conversation, WritingConfig
 from beit3.finetune.language_model import Words, load_language_model, write_tiny_language_model
 from beit3.tokenizer.text import TextTokenizer
-
-if TYPE_CHECKING:
-    from tests.conftest import Workspace
+from tests.conftest import Workspace
 
 LETTERS = {letter: number for number, letter in enumerate("<>abcdefghijklmnopqrstuvwxyzĠ.?:{}")}
 

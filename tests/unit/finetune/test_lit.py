@@ -7,7 +7,7 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -30,9 +30,7 @@ from beit3.model.presets import ModelConfig, TextTowerConfig
 from beit3.predict import Predictor
 from beit3.pretrain.pairs import PairBatch, PairEncoder, ZeroShotConfig
 from beit3.train.optim import build_optimizer
-
-if TYPE_CHECKING:
-    from tests.conftest import Workspace
+from tests.conftest import Workspace
 
 SHAPE = ModelConfig(
     width=16,

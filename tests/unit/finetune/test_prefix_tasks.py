@@ -7,7 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
@@ -26,9 +26,7 @@ from beit3.model.exchange import read_tensors
 from beit3.model.prefix_language_model import ConnectorConfig
 from beit3.model.presets import ModelConfig
 from beit3.tokenizer.text import TextTokenizer
-
-if TYPE_CHECKING:
-    from tests.conftest import Workspace
+from tests.conftest import Workspace
 
 Build = Callable[..., Any]
 TASKS = ("captioning", "captioning_finetuned", "align", "instruct")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
@@ -17,15 +17,12 @@ from beit3.errors import ConfigError
 from beit3.export import export_program
 from beit3.model.build import build_model
 from beit3.model.exchange import read_tensors
-from beit3.model.heads import ClipModel, RetrievalModel
+from beit3.model.heads import ClipModel, Pooling, RetrievalModel
 from beit3.model.official import to_official
 from beit3.model.packing import PackedBatch, pack_texts
 from beit3.model.presets import ModelConfig
 from beit3.model.store import fill_model
 from beit3.model.transformer import MultiwayTransformer
-
-if TYPE_CHECKING:
-    from beit3.model.heads import Pooling
 
 OPTIONS: dict[str, Any] = {"text_width": 12, "text_layers": 2, "text_heads": 3, "embed_width": 10}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import pytest
 import torch
@@ -16,9 +16,7 @@ from beit3.data.transforms import CropConfig
 from beit3.model.presets import ModelConfig
 from beit3.pretrain.contrastive import Contrastive, ContrastiveConfig
 from beit3.pretrain.masked_data_modeling import MaskedDataModeling, MaskedDataModelingConfig
-
-if TYPE_CHECKING:
-    from tests.conftest import Workspace
+from tests.conftest import Workspace
 
 T = TypeVar("T", bound=torch.nn.Module)
 

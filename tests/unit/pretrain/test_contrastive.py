@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import replace as replace_fields
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,11 +27,7 @@ from beit3.pretrain.contrastive import Contrastive, ContrastiveConfig
 from beit3.pretrain.masked_data_modeling import MaskedDataModeling
 from beit3.pretrain.pairs import PairBatch, PairEncoder, ZeroShotConfig
 from beit3.pretrain.probe import Probe, ProbeConfig
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from tests.conftest import Workspace
+from tests.conftest import Workspace
 
 Build = Callable[..., Contrastive]
 TOWER = TextTowerConfig(width=12, num_layers=1, num_heads=2, embed_width=10)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace as replace_fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
@@ -25,9 +25,7 @@ from beit3.model.official import to_official
 from beit3.pretrain.masked_batches import Kind, MaskedBatch, MaskedEncoder, join_batches
 from beit3.pretrain.masked_data_modeling import MaskedDataModeling, MaskedDataModelingConfig
 from beit3.tokenizer.vqkd import VQKD, VQKDConfig
-
-if TYPE_CHECKING:
-    from tests.conftest import Workspace
+from tests.conftest import Workspace
 
 Build = Callable[..., MaskedDataModeling]
 IGNORE = -100

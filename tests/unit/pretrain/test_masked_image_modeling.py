@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
@@ -24,9 +24,7 @@ from beit3.pretrain.masked_batches import MaskedBatch
 from beit3.pretrain.masked_image_modeling import MaskedImageModeling, MaskedImageModelingConfig
 from beit3.tokenizer.vqkd import VQKD
 from beit3.train.optim import build_optimizer
-
-if TYPE_CHECKING:
-    from tests.conftest import Workspace
+from tests.conftest import Workspace
 
 MODEL = ModelConfig(
     width=16,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -14,9 +13,7 @@ from beit3.errors import ConfigError
 from beit3.model.presets import BOS, EOS, UNK
 from beit3.pretrain.masking import MaskConfig, block_mask, mask_text
 from beit3.tokenizer.text import TextTokenizer
-
-if TYPE_CHECKING:
-    from tests.conftest import Workspace
+from tests.conftest import Workspace
 
 Mask = npt.NDArray[np.bool_]
 GRIDS = [(1, 1), (1, 7), (2, 2), (3, 5), (6, 6), (14, 14), (16, 16), (7, 24), (30, 30)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -22,9 +21,7 @@ from beit3.pretrain.masked_batches import KINDS, MaskedBatch, MaskedEncoder, joi
 from beit3.pretrain.masked_data_modeling import MaskedDataModelingConfig
 from beit3.pretrain.mixture import Mixture, MixtureConfig, caption_labels, clean_text_ids
 from beit3.pretrain.subword_loss import SubwordLoss, join_words
-
-if TYPE_CHECKING:
-    from tests.conftest import Workspace
+from tests.conftest import Workspace
 
 Build = Callable[..., Mixture]
 

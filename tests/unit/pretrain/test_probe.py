@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,9 +18,7 @@ from beit3.metrics.probe import few_shot_accuracy, knn_accuracy
 from beit3.model.presets import ModelConfig
 from beit3.model.transformer import MultiwayTransformer
 from beit3.pretrain.probe import Probe, ProbeConfig
-
-if TYPE_CHECKING:
-    from tests.conftest import Workspace
+from tests.conftest import Workspace
 
 CONFIG = ProbeConfig(train="groups.train.jsonl", test="groups.test.jsonl", shots=2)
 

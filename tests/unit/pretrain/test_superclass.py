@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace as replace_fields
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,17 +18,13 @@ from beit3.data.shards import Sample
 from beit3.data.streams import Source, Stream
 from beit3.data.transforms import CropConfig, EvalResize
 from beit3.errors import BadSampleError, ConfigError
+from beit3.model.presets import ModelConfig
 from beit3.pretrain.masked_data_modeling import MaskedDataModeling
 from beit3.pretrain.probe import ProbeConfig
 from beit3.pretrain.subword_loss import join_words
 from beit3.pretrain.superclass import SuperClass, SuperClassConfig, WordsBatch, WordsEncoder, word_metrics
 from beit3.train.loop import fit
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from beit3.model.presets import ModelConfig
-    from tests.conftest import Workspace
+from tests.conftest import Workspace
 
 Build = Callable[..., SuperClass]
 

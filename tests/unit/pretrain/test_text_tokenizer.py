@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
@@ -12,9 +11,7 @@ from beit3.data.shard_writer import FolderWriter
 from beit3.errors import ConfigError, DataMissingError
 from beit3.pretrain.text_tokenizer import TextTokenizerRun, train_from_corpora
 from beit3.tokenizer.text import TextTokenizer
-
-if TYPE_CHECKING:
-    from tests.conftest import Workspace
+from tests.conftest import Workspace
 
 
 @pytest.fixture

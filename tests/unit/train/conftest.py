@@ -37,6 +37,8 @@ class LineConfig(TaskConfig):
 class Rows:
     """Endless batches of rows that depend on their number alone."""
 
+    data_digest = ""
+
     def __init__(self, size: int, rank: int) -> None:
         self.size, self.rank, self.position = size, rank, 0
         self.skipped: Counter[str] = Counter()

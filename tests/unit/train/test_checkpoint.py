@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import itertools
-import json
 import os
 import pickle
 import random
@@ -13,7 +13,7 @@ import shutil
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +22,25 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import beit3
+from beit3.cli import run_command
 from beit3.errors import ConfigError
 from beit3.train import checkpoint as module
+from beit3.train import manifest
 from beit3.train.checkpoint import (
     Checkpoints,
     Kept,
     clean_leftovers,
-    damaged_files,
-    delete_newer,
     list_checkpoints,
     plain,
-    read_manifest,
+    set_newer_aside,
 )
 from beit3.train.distributed import Ranks
+from beit3.train.manifest import damaged_files
+from tests.unit.train.test_manifest import rewrite_manifest
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 KEEP = Kept(last=9)
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # of DCP
 
 
 class Killed(BaseException):
@@ -290,9 +292,9 @@ def test_only_the_newest_are_kept_in_order_of_their_numbers(tmp_path: Path) -> N
 
 def test_multiples_and_the_best_are_kept_beside_the_newest(tmp_path: Path) -> None:
     state = trained(tmp_path)
-    best = {1: None, 2: None, 3: 3, 4: 3, 5: 3, 6: 3, 7: 7, 8: 7, 9: 7, 10: 7}
-    for step, chosen in best.items():
-        state.save(step, Kept(last=2, every=4, best=chosen))
+    for step in range(1, 11):
+        best = tuple(better for better in (3, 7) if better <= step)
+        state.save(step, Kept(last=2, every=4, best=best))
         if step == 6:
             kept = [int(path.name[5:]) for path in list_checkpoints(tmp_path)]
             assert kept == [3, 4, 5, 6]
@@ -303,7 +305,7 @@ def test_a_file_names_the_newest(tmp_path: Path) -> None:
     state = trained(tmp_path)
     older, newer = state.save(1), state.save(2)
     assert (tmp_path / "latest").read_text() == f"{newer.name}\n"
-    delete_newer(older)
+    set_newer_aside(older)
     assert (tmp_path / "latest").read_text() == f"{older.name}\n"
 
 
@@ -381,9 +383,8 @@ def test_what_cannot_be_deleted_costs_no_checkpoint(tmp_path: Path, monkeypatch:
     assert not leftovers(tmp_path)
 
 
-@pytest.mark.parametrize("place", ["_make_folder", "_write_own", "_commit", "_write_manifest", "_rename"])
-def test_a_save_that_ends_before_its_commit_is_raised_and_leaves_the_older_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+def test_a_save_that_ends_before_its_commit_is_raised_once_and_leaves_the_older_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     state = trained(tmp_path)
     older = state.save(1)
@@ -391,7 +392,7 @@ def test_a_save_that_ends_before_its_commit_is_raised_and_leaves_the_older_one(
     def killed(*_: object) -> None:
         raise Killed
 
-    monkeypatch.setattr(module, place, killed)
+    monkeypatch.setattr(module, "_write_own", killed)
     state.begin(2)
     with pytest.raises(Killed):
         state.checkpoints.finish()
@@ -426,111 +427,58 @@ def test_a_part_of_a_checkpoint_is_passed_over_and_its_step_saved_again(tmp_path
     assert state.checkpoints.newest() == older
     state = State(tmp_path)
     state.load(older)
-    delete_newer(older)
+    set_newer_aside(older)
     assert state.save(2) == newer
     assert state.checkpoints.newest() == newer
 
 
-def test_the_manifest_names_every_file_and_what_made_them(tmp_path: Path) -> None:
+def test_storage_that_fails_for_a_moment_costs_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state = trained(tmp_path)
-    path = state.save(1, loader={"position": (1, 2)})
-    manifest = json.loads((path / "manifest.json").read_text())
-    assert set(manifest["files"]) == {file.name for file in files_of(path)} - {"manifest.json"}
-    assert {"rank-0.pt", ".metadata"} < set(manifest["files"])
-    for name, entry in manifest["files"].items():
-        content = (path / name).read_bytes()
-        assert entry == {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    assert {name: manifest[name] for name in ("step", "world_size", "run", "schema", "torch")} == {
-        "step": 1,
-        "world_size": 1,
-        "run": "the run",
-        "schema": 1,
-        "torch": torch.__version__,
-    }
-    same, other = state.save(2, loader={"position": (1, 2)}), state.save(3, loader={"position": (1, 3)})
-    data = [json.loads((one / "manifest.json").read_text())["data"] for one in (path, same, other)]
-    assert data[0] == data[1] != data[2]
+    state.save(1)
+    newer = state.save(2)
+    describe, pauses = manifest.describe_file, list[float]()
+    failures: Iterator[int] = iter([errno.EIO, errno.ESTALE])
+
+    def fail_twice(path: Path) -> dict[str, Any]:
+        for number in failures:
+            raise OSError(number, "storage fails")
+        return describe(path)
+
+    monkeypatch.setattr(manifest, "describe_file", fail_twice)
+    monkeypatch.setattr("beit3.train.manifest.time.sleep", pauses.append)
+    assert state.checkpoints.newest() == newer
+    assert pauses == [0.1, 1.0]
+    failures = itertools.repeat(errno.EIO)
+    with pytest.raises(ConfigError, match=r"cannot be read \(storage fails\): try again, or move step-00000002 away"):
+        state.checkpoints.newest()
+    assert len(list_checkpoints(tmp_path)) == 2
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "delete"])
-def test_any_damage_to_any_file_is_found_and_the_older_one_is_taken(tmp_path: Path, damage: str) -> None:
+def test_what_is_damaged_is_told_put_aside_and_kept_until_the_next_time(tmp_path: Path) -> None:
+    state = trained(tmp_path)
+    older = state.save(1)
+    for _ in range(2):
+        newer = state.save(2)
+        (newer / "rank-0.pt").write_bytes(b"")
+        assert state.checkpoints.newest() == older
+        assert state.checkpoints.damaged == ["step-00000002 is damaged (rank-0.pt)"]
+        set_newer_aside(older)
+        state.load(older)
+        (aside,) = tmp_path.glob("step-00000002.damaged-*")
+        assert (aside / "manifest.json").exists()
+        assert list_checkpoints(tmp_path) == [older]
+
+
+def test_any_file_that_is_missing_is_named_and_the_older_one_is_taken(tmp_path: Path) -> None:
     state = trained(tmp_path)
     older, newer = state.save(1), state.save(2)
     for file in files_of(newer):
         content = file.read_bytes()
-        if damage == "flip":
-            middle = len(content) // 2
-            file.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
-        elif damage == "cut":
-            file.write_bytes(content[:-3])
-        else:
-            file.unlink()
+        file.unlink()
         assert damaged_files(newer) == [file.name]
         assert state.checkpoints.newest() == older
         file.write_bytes(content)
         assert state.checkpoints.newest() == newer
-
-
-def test_every_bit_of_the_manifest_counts(tmp_path: Path) -> None:
-    path = trained(tmp_path).save(1)
-    file = path / "manifest.json"
-    content = file.read_bytes()
-    with open(file, "r+b", buffering=0) as damaged:
-        for place in range(len(content)):
-            for bit in range(8):
-                os.pwrite(damaged.fileno(), bytes([content[place] ^ (1 << bit)]), place)
-                assert read_manifest(path) is None, (place, bit)
-            os.pwrite(damaged.fileno(), content[place : place + 1], place)
-        assert read_manifest(path) is not None
-        for length in reversed(range(len(content))):
-            damaged.truncate(length)
-            assert read_manifest(path) is None, length
-    for other in (content + b" ", b"[" * 100_000, b"\xff", b"[]"):
-        file.write_bytes(other)
-        assert read_manifest(path) is None
-
-
-def test_ranks_together_look_at_every_file(tmp_path: Path) -> None:
-    path = trained(tmp_path).save(1)
-    files = [file for file in files_of(path) if file.name != "manifest.json"]
-    for file in files:
-        file.write_bytes(b"")
-    for size in (1, 2, 5):
-        found = [damaged_files(path, rank, size) for rank in range(size)]
-        assert sorted(itertools.chain(*found)) == sorted(file.name for file in files)
-
-
-def rewrite_manifest(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Change a manifest as the program that wrote it would have: in its form, with its digest."""
-    content = json.loads((path / "manifest.json").read_text())
-    del content["sha256"]
-    change(content)
-    content["sha256"] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-    (path / "manifest.json").write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
-
-
-def test_a_checkpoint_of_a_newer_version_is_named_and_not_passed_over(tmp_path: Path) -> None:
-    state = trained(tmp_path)
-    state.save(1)
-    path = state.save(2)
-    rewrite_manifest(path, lambda content: content.update(schema=2, beit3="7.0", novelty=[1]))
-    for look in (state.checkpoints.newest, lambda: damaged_files(path)):
-        with pytest.raises(ConfigError, match=r"written in form 2 by beit3 7\.0.*knows forms up to 1: resume with"):
-            look()
-
-
-def test_a_manifest_names_files_of_its_own_folder_only(tmp_path: Path) -> None:
-    path = trained(tmp_path).save(1)
-    rewrite_manifest(path, lambda content: content["files"].update({"../secret": {"size": 1, "sha256": ""}}))
-    assert damaged_files(path) == ["manifest.json"]
-
-
-def test_only_what_is_newer_than_the_valid_one_is_deleted(tmp_path: Path) -> None:
-    state = trained(tmp_path)
-    paths = [state.save(step) for step in (1, 2, 3, 4)]
-    delete_newer(paths[1])
-    assert list_checkpoints(tmp_path) == paths[:2]
-    assert not leftovers(tmp_path)
 
 
 def test_without_a_valid_checkpoint_there_is_none(tmp_path: Path) -> None:
@@ -628,3 +576,22 @@ def test_a_checkpoint_of_another_model_is_refused_in_one_line(tmp_path: Path) ->
     with pytest.raises(ConfigError, match="does not fit this run") as caught:
         Checkpoints(tmp_path, ALONE).restore(path, other, optimizer)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("latest", ["latest", "other", "gone"])
+def test_checkpoints_are_not_taken_for_a_model_nor_for_those_of_deepspeed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], latest: str
+) -> None:
+    state = trained(tmp_path / "checkpoints")
+    paths = [state.save(1), state.save(2)]
+    file = tmp_path / "checkpoints" / "latest"
+    file.unlink() if latest == "gone" else file.write_text(f"{paths[1].name if latest == 'latest' else 'step-3'}\n")
+    for source in (file.parent, *paths):
+        with pytest.raises(ConfigError) as caught:
+            beit3.load_model(source)
+        line = f"{source} holds checkpoints, for --resume alone: load the folder 'export' of their run"
+        assert str(caught.value) == line
+        assert run_command(["info", str(source)]) == 0
+        said = capsys.readouterr().out
+        assert "every file verifies" in said
+        assert said.splitlines()[-1] == "  model       none here: load the folder 'export' of the run"

@@ -1,8 +1,7 @@
-"""Who is lost among the ranks: ended, said farewell, or silent for longer than all others."""
+"""How ranks meet, and who is lost among them: ended, said farewell, or silent while the others wait."""
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
@@ -19,6 +18,7 @@ from torch.distributed.distributed_c10d import Store
 
 from beit3.errors import ConfigError, RankLostError
 from beit3.train.distributed import Place, Pulse, _name_start, choose_device, join_ranks
+from tests.processes import free_ports
 
 ELSEWHERE = "another.host"
 
@@ -33,15 +33,22 @@ def sleepers() -> Iterator[list[subprocess.Popen[bytes]]]:
         process.wait()
 
 
-def pulse_of_three(first: Place, second: Place, timeout: float = 10.0) -> tuple[Pulse, Store]:
-    """Seen from rank 0, whose others are elsewhere or here."""
+def new_store(timeout: float = 5.0) -> Store:
     store: Store = getattr(dist, "HashStore")()  # noqa: B009 - hidden from type checkers
-    store.set_timeout(timedelta(seconds=1))
-    return Pulse(store, [Place(0, socket.gethostname(), os.getpid()), first, second], 0, timeout), store
+    store.set_timeout(timedelta(seconds=timeout))
+    return store
 
 
-def heard(store: Store, rank: int, step: int, seconds_ago: float) -> None:
-    store.set(f"beat/{rank}", json.dumps([step, time.time() - seconds_ago]))
+def four_places(processes: list[subprocess.Popen[bytes]]) -> list[Place]:
+    """Ranks 0 and 1 here, 2 here too, 3 elsewhere."""
+    here = socket.gethostname()
+    own = os.getpid()
+    return [
+        Place(0, here, own),
+        Place(1, here, processes[0].pid),
+        Place(2, here, processes[1].pid),
+        Place(3, ELSEWHERE, 3),
+    ]
 
 
 def test_a_process_that_ended_is_known_to_have(sleepers: list[subprocess.Popen[bytes]]) -> None:
@@ -60,61 +67,70 @@ def test_a_process_that_ended_is_known_to_have(sleepers: list[subprocess.Popen[b
     assert sleepers[1].poll() is None, "processes of other computers are left alone"
 
 
-def test_the_rank_that_fell_silent_first_is_lost_and_ended(sleepers: list[subprocess.Popen[bytes]]) -> None:
-    here = socket.gethostname()
-    pulse, store = pulse_of_three(Place(1, here, sleepers[0].pid), Place(2, here, sleepers[1].pid))
-    heard(store, 1, 41, 30.0)
-    heard(store, 2, 45, 9.0)
-    (lost,) = pulse.find_lost()
-    assert f"rank 1 (process {sleepers[0].pid} on {here}), last heard of after step 41, which hangs" == lost
-    assert sleepers[0].wait() == -signal.SIGKILL
-    assert sleepers[1].poll() is None
+def found_by(store: Store, places: list[Place], *ranks: int, timed_out: bool = True) -> list[list[str]]:
+    """What these ranks find, all at once."""
+    pulses = [Pulse(store, places, rank, 10.0) for rank in ranks]
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(lambda pulse: pulse.find_lost(timed_out), pulses))
 
 
-def test_a_rank_that_said_farewell_is_told_before_those_that_wait_for_it() -> None:
-    pulse, store = pulse_of_three(Place(1, ELSEWHERE, 1), Place(2, ELSEWHERE, 2))
-    heard(store, 1, 41, 30.0)
-    heard(store, 2, 45, 9.0)
-    store.set("left/2", "yes")
-    assert pulse.find_lost() == [f"rank 2 (process 2 on {ELSEWHERE}), last heard of after step 45, which has ended"]
+def test_ranks_that_wait_agree_on_the_one_that_hangs_and_end_it(sleepers: list[subprocess.Popen[bytes]]) -> None:
+    places = four_places(sleepers)
+    first, second, third = found_by(new_store(), places, 0, 1, 3)
+    assert first == second == third == [f"rank 2 (process {sleepers[1].pid} on {places[2].host}), which hangs"]
+    assert sleepers[1].wait() == -signal.SIGKILL
+    assert sleepers[0].poll() is None, "a rank that waits is left alone, however long it has"
 
 
-def test_nobody_is_accused_as_long_as_all_are_heard_of() -> None:
-    pulse, store = pulse_of_three(Place(1, ELSEWHERE, 1), Place(2, ELSEWHERE, 2))
-    heard(store, 1, 41, 0.5)
-    heard(store, 2, 41, 0.2)
-    assert pulse.find_lost() == []
+def test_nobody_is_accused_of_hanging_before_the_time_is_over(sleepers: list[subprocess.Popen[bytes]]) -> None:
+    assert found_by(new_store(), four_places(sleepers), 0, 1, timed_out=False) == [[], []]
+    assert [process.poll() for process in sleepers] == [None, None]
+
+
+def test_a_rank_that_said_farewell_is_told_at_once(sleepers: list[subprocess.Popen[bytes]]) -> None:
+    store, places = new_store(), four_places(sleepers)
+    Pulse(store, places, 3, 10.0).leave()
+    started = time.monotonic()
+    for found in found_by(store, places, 0, 1, 2):
+        assert found == [f"rank 3 (process 3 on {ELSEWHERE}), which has ended"]
+    assert time.monotonic() - started < 1
+
+
+def test_a_silent_rank_of_another_computer_is_named_and_left_alone(sleepers: list[subprocess.Popen[bytes]]) -> None:
+    for found in found_by(new_store(), four_places(sleepers), 0, 1, 2):
+        assert found == [f"rank 3 (process 3 on {ELSEWHERE}), which does not answer"]
+    assert [process.poll() for process in sleepers] == [None, None]
 
 
 def test_a_store_that_does_not_answer_accuses_who_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
     monkeypatch.setattr("beit3.train.distributed._QUESTION", 0.1)
+    monkeypatch.setattr("beit3.train.distributed._GRACE", 0.1)
+    monkeypatch.setattr(Pulse, "_leave_note", lambda self: time.sleep(1))
     places = [Place(0, ELSEWHERE, 7), Place(1, socket.gethostname(), os.getpid())]
-    store: Store = getattr(dist, "HashStore")()  # noqa: B009 - hidden from type checkers
-    store.set_timeout(timedelta(seconds=1))
-    pulse = Pulse(store, places, 1, 10.0)
-    monkeypatch.setattr(pulse, "_ask", lambda: time.sleep(1))
-    assert pulse.find_lost() == [f"rank 0 (process 7 on {ELSEWHERE}), which hangs"]
+    assert found_by(new_store(0.3), places, 1) == [[f"rank 0 (process 7 on {ELSEWHERE}), which hangs"]]
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")  # torchrun keeps it
-    pulse = Pulse(store, places, 1, 10.0)
-    monkeypatch.setattr(pulse, "_ask", lambda: time.sleep(1))
-    assert pulse.find_lost() == []
+    assert found_by(new_store(0.3), places, 1) == [[]]
 
 
-def test_a_rank_speaks_at_most_once_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
-    pulse, store = pulse_of_three(Place(1, ELSEWHERE, 1), Place(2, ELSEWHERE, 2))
-    for step in range(1, 50):
-        pulse.say(step)
-    assert json.loads(store.get("beat/0"))[0] == 0
-    monkeypatch.setattr("beit3.train.distributed._BEAT", 0.0)
-    pulse.say(50)
-    assert json.loads(store.get("beat/0"))[0] == 50
+def test_a_wait_has_no_limit_as_long_as_the_other_lives(sleepers: list[subprocess.Popen[bytes]]) -> None:
+    store, places = new_store(), four_places(sleepers)
+    waiting, working = (Pulse(store, places[:2], rank, 0.4) for rank in (0, 1))
+    working.keep_alive()
+    enough = time.monotonic() + 1.5
+    waiting.wait_until(lambda: time.monotonic() > enough)
+    working.leave()
+    started = time.monotonic()
+    with pytest.raises(
+        RankLostError, match=f"rank 0 waited in vain for rank 1 .process {sleepers[0].pid} .*which hangs"
+    ):
+        waiting.wait_until(lambda: False)
+    assert 0.3 < time.monotonic() - started < 2
+    assert sleepers[0].wait() == -signal.SIGKILL
 
 
 def test_ranks_meet_under_a_name_of_their_own_whatever_an_earlier_start_left() -> None:
-    store: Store = getattr(dist, "HashStore")()  # noqa: B009 - hidden from type checkers
-    store.set_timeout(timedelta(seconds=5))
-    names = []
+    store, names = new_store(), []
     for order in ((2, 0, 1), (0, 1, 2), (1, 2, 0)):
         with ThreadPoolExecutor() as pool:
             found = []
@@ -127,9 +143,7 @@ def test_ranks_meet_under_a_name_of_their_own_whatever_an_earlier_start_left() -
 
 
 def test_ranks_that_do_not_meet_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(one.getsockname()[1])}
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_ports(1)[0]}
     for name, value in {**place, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(RankLostError, match="the 2 ranks did not meet at"), join_ranks("cpu", timeout=0.5):

@@ -11,7 +11,7 @@ import torch
 from beit3.config import Run
 from beit3.errors import ConfigError
 from beit3.train.distributed import Ranks
-from beit3.train.folder import fixed_hash, open_folder, write_record
+from beit3.train.folder import fixed_hash, open_folder, write_preempted, write_record
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
@@ -54,3 +54,42 @@ def test_overwriting_empties_the_folder_and_keeps_the_lock(line_run: Callable[..
         assert [path.name for path in run.folder.iterdir()] == ["lock"]
         with pytest.raises(ConfigError, match="in use"), open_folder(line_run(overwrite=True), ALONE):
             pass
+
+
+def test_a_folder_that_holds_no_run_is_not_overwritten(line_run: Callable[..., Run]) -> None:
+    run = line_run(overwrite=True)
+    run.folder.mkdir()
+    (run.folder / "thesis.tex").write_text("")
+    with pytest.raises(ConfigError, match=r"holds no run, but thesis.tex"), open_folder(run, ALONE):
+        pass
+    assert [path.name for path in run.folder.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff"])
+def test_a_damaged_record_is_named_and_may_be_deleted(line_run: Callable[..., Run], content: bytes) -> None:
+    with open_folder(line_run(), ALONE):
+        write_record(line_run())
+    record = line_run().folder / "run.json"
+    record.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"run.json is damaged"), open_folder(line_run(resume=True), ALONE):
+        pass
+    record.unlink()
+    with open_folder(line_run(resume=True), ALONE):
+        pass
+
+
+def test_a_start_that_is_refused_leaves_no_marker_of_an_earlier_stop(line_run: Callable[..., Run]) -> None:
+    with open_folder(line_run(), ALONE):
+        write_record(line_run())
+        write_preempted(line_run(), ALONE, 5)
+    assert (line_run().folder / "preempted").read_text() == "5\n"
+    changed = line_run(seed=1, resume=True)
+    with pytest.raises(ConfigError, match="other values of seed"), open_folder(changed, ALONE):
+        pass
+    assert not (line_run().folder / "preempted").exists(), "or the job would be queued for ever"
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a\\b", "a\0b"])
+def test_a_run_cannot_leave_its_folder(line_run: Callable[..., Run], name: str) -> None:
+    with pytest.raises(ConfigError, match="plain folder name"):
+        line_run(name=name)

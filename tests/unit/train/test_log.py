@@ -42,6 +42,16 @@ def test_a_half_written_last_line_is_dropped(tmp_path: Path) -> None:
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 2, 3, 4, 4]
 
 
+def test_what_a_loss_of_power_made_unreadable_is_left_out(tmp_path: Path) -> None:
+    write(tmp_path, range(1, 4))
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(path.read_bytes() + 40 * b"\0" + b'\n[]\n{"step": 3}\n\xff\n')
+    assert [record["step"] for record in read_log(tmp_path)] == [1, 2, 3]
+    write(tmp_path, range(4, 5), first_step=3)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 2, 3, 4, 4]
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["log.jsonl"]
+
+
 def test_records_are_on_disk_at_once(tmp_path: Path) -> None:
     with RunLog(tmp_path, "run", 10) as log:
         log.record(1, {"loss": 2.0})

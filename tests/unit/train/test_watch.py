@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,18 +38,17 @@ def test_the_first_records_and_what_is_not_finite_raise_no_alarm() -> None:
 
 
 def test_a_bad_step_names_its_samples(tmp_path: Path) -> None:
-    path = record_bad_step(tmp_path, 7, 1, [1.5, math.nan], math.inf, ["pairs/a", "pairs/b"])
-    found = json.loads(path.read_text())
-    assert path == tmp_path / "bad_steps" / "step-00000007-rank-1.json"
+    record_bad_step(tmp_path, 7, 1, [1.5, math.nan], math.inf, ["pairs/a", "pairs/b"])
+    found = json.loads((tmp_path / "bad_steps" / "step-00000007-rank-1.json").read_text())
     assert found["samples"] == ["pairs/a", "pairs/b"]
     assert (found["losses"], found["gradient_norm"]) == (["1.5", "nan"], "inf")
 
 
 def test_data_worse_than_the_budget_end_the_run_and_the_reasons_are_named() -> None:
-    check_budget({"unreadable_image": 250}, 750, 0.25)
+    check_budget(Counter(unreadable_image=250), 750, 0.25)
     with pytest.raises(BadDataError, match=r"300 of 1000 .*200 unreadable_image, 100 empty_caption.*max_bad_fraction"):
-        check_budget({"empty_caption": 100, "unreadable_image": 200}, 700, 0.25)
-    check_budget({"unreadable_image": 900}, 0, 0.25)  # too few to judge
+        check_budget(Counter(empty_caption=100, unreadable_image=200), 700, 0.25)
+    check_budget(Counter(unreadable_image=900), 0, 0.25)  # too few to judge
 
 
 @dataclass

@@ -4,30 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rich.console import Console
-from rich.table import Table
-
 from beit3.config import Run, require
 from beit3.errors import ConfigError
 from beit3.model.memory import BatchSizes
-from beit3.scaling import (
-    GIB,
-    GPUS,
-    LINK_EFFICIENCY,
-    OVERHEAD,
-    SLACK,
-    Cluster,
-    Plan,
-    batch_fields,
-    fastest_fit,
-    make_plan,
-    reads_streams,
-)
+from beit3.plan.fit import Plan, batch_fields, fastest_fit, make_plan, reads_streams
+from beit3.plan.footprint import OVERHEAD, SLACK
+from beit3.plan.gpus import GIB, GPUS, LINK_EFFICIENCY, Cluster
 
 PICTURE_BYTES = 20_000
 """Assumed of a stored picture: a JPEG of at most 288 pixels, as shards should hold them."""
@@ -61,7 +49,8 @@ class PlanOptions:
         require(bool(self.gpus), "beit3 plan needs to know on how many GPUs: --gpus N")
         require(min(self.gpus) >= 1, f"--gpus must be at least 1, not {min(self.gpus)}")
         require(self.mfu is None or 0 < self.mfu < 1, f"--mfu is a share in 0..1, not {self.mfu}")
-        require(self.network is None or self.network > 0, f"--network must be above 0 Gbit/s, not {self.network}")
+        known = self.network is None or 0 < self.network < math.inf
+        require(known, f"--network must be above 0 Gbit/s, not {self.network}")
 
 
 def print_plan(run: Run, options: PlanOptions) -> None:
@@ -77,9 +66,7 @@ def print_plan(run: Run, options: PlanOptions) -> None:
     if options.json:
         print(json.dumps([as_json(plan) for plan in plans] if len(plans) > 1 else as_json(plans[0]), indent=1))
         return
-    console = Console(highlight=False, soft_wrap=True)
-    for part in _page(plans[0]):
-        console.print(part)
+    print("\n".join(_page(plans[0])))
 
 
 def plan_on(run: Run, gpus: int, options: PlanOptions) -> Plan:
@@ -173,10 +160,9 @@ def table_lines(run: Run, options: PlanOptions) -> Iterator[str]:
             yield f"| {gpus:,} | {error} |{' |' * (len(names) - 1)}"
             continue
         own = plan.run
-        recomputed = getattr(getattr(own.task, "model", None), "activation_checkpointing", False)
         days = plan.seconds / _DAY
         yield (
-            f"| {gpus:,} | {_layout(plan)} | {own.loop.accumulate} | {'yes' if recomputed else 'no'} "
+            f"| {gpus:,} | {_layout(plan)} | {own.loop.accumulate} | {'yes' if plan.sizes.recomputed else 'no'} "
             f"| {plan.memory.total / GIB:.0f} | {_number(plan.pace.step)} | {plan.pace.mfu:.2f} "
             f"| {_number(days)} | {_number(days * gpus)} | {_number(plan.images_per_second / gpus)} |"
         )
@@ -198,7 +184,7 @@ def _number(value: float) -> str:
     return f"{value:.1f}" if value >= 10 else f"{value:.2g}"
 
 
-def _page(plan: Plan) -> Iterator[Table | str]:
+def _page(plan: Plan) -> Iterator[str]:
     """One plan on one page."""
     run, cluster, sizes = plan.run, plan.cluster, plan.sizes
     nodes = f" ({cluster.nodes} machines of {cluster.gpu.per_node})" if cluster.nodes > 1 else ""
@@ -213,7 +199,7 @@ def _page(plan: Plan) -> Iterator[Table | str]:
         yield f"a GPU       {batches}{_sequences(sizes.of_rank(cluster.gpus))}"
     yield f"parameters  {_count(plan.counts.parameters)}, {_count(plan.counts.trained)} of them trained"
     yield ""
-    yield _memory_table(plan)
+    yield from _memory_lines(plan)
     yield ""
     yield from _time_lines(plan)
     yield ""
@@ -246,19 +232,18 @@ def _sequences(sizes: BatchSizes) -> str:
     return ", ".join(f"{count:,} {kind}" for kind, count in found.items() if count)
 
 
-def _memory_table(plan: Plan) -> Table:
+def _memory_lines(plan: Plan) -> Iterator[str]:
     gpu, memory = plan.cluster.gpu, plan.memory
-    table = Table("memory of a GPU", "GiB", box=None, pad_edge=False, padding=(0, 4, 0, 0))
-    table.columns[1].justify = "right"
-    for name, value in memory.parts.items():
-        table.add_row(f"  {name}", f"{value / GIB:.1f}")
+    rows = {"memory of a GPU": "GiB"}
+    rows |= {f"  {name}": f"{value / GIB:.1f}" for name, value in memory.parts.items()}
     for name, value in memory.aside.items():
-        table.add_row(f"  {name}, before or after the fullest moment", f"({value / GIB:.1f})")
+        rows[f"  {name}, before or after the fullest moment"] = f"({value / GIB:.1f})"
     free = gpu.memory - memory.total / GIB
-    table.add_row(f"  together, of {gpu.memory:.0f}: fits, {free:.0f} left", f"{memory.total / GIB:.1f}")
+    rows[f"  together, of {gpu.memory:.0f}: fits, {free:.0f} left"] = f"{memory.total / GIB:.1f}"
     if memory.host:
-        table.add_row("  in the machine's memory instead, for each GPU", f"{memory.host / GIB:.1f}")
-    return table
+        rows["  in the machine's memory instead, for each GPU"] = f"{memory.host / GIB:.1f}"
+    names, values = max(map(len, rows)), max(map(len, rows.values()))
+    yield from (f"{name:<{names}}    {value:>{values}}" for name, value in rows.items())
 
 
 def _time_lines(plan: Plan) -> Iterator[str]:
@@ -316,6 +301,8 @@ def _assumptions(plan: Plan) -> Iterator[str]:
     yield f"  {SLACK:.0%} of the activations lost to fragments, {OVERHEAD / GIB} GiB for CUDA and NCCL"
     if plan.pace.exchanges:
         yield f"  links at {LINK_EFFICIENCY:.0%} of nominal; exchanges hide behind computation but for a block's share"
+    if plan.run.mesh.offload:
+        yield "  copies between GPU and host, and the optimizer on the CPU (mesh.offload), take no time: they do"
     if plan.sizes.images:
         speeds = " or ".join(f"{speed}" for speed in DECODED.values())
         yield f"  {PICTURE_BYTES / 1000:.0f} kB a picture, {speeds} pictures a second by a data process; no waiting"
