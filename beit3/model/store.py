@@ -148,6 +148,7 @@ def fill_model(model: AnyModel, source: str | Path, *, same_classes: bool = True
     norms_differ = stored.config.final_norm != own.final_norm
 
     def is_taken(name: str) -> bool:
+        """Whether a tensor comes from the source, and does not stay as it is."""
         left = (norms_differ and _FINAL_NORM.match(name)) or (with_heads and name in of_classes)
         return (of_part is None or name in of_part) and not left
 
@@ -271,6 +272,7 @@ def _fill(stored: _Stored, part: Part | None, strict: bool, source: str) -> AnyM
     """Build the model around the stored tensors: without copies where all are there, from random weights otherwise."""
 
     def build() -> AnyModel:
+        """Build what the source describes; errors name the source."""
         try:
             model = build_model(stored.config, stored.task, **stored.options)
         except ConfigError as error:

@@ -123,6 +123,7 @@ def _sum_rows(loss: _RowLoss, pairs: _Pairs, scale: Tensor, bias: Tensor | None)
     candidates, labels = pairs.all_texts, pairs.all_labels
 
     def chunk(queries: Tensor, first: int, own: Tensor | None, scale: Tensor, bias: Tensor | None) -> Tensor:
+        """The two sums of some rows."""
         logits = scale * queries @ candidates.T
         logits = logits if bias is None else logits + bias
         rows = torch.arange(len(queries), device=queries.device)

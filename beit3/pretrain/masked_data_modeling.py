@@ -289,6 +289,7 @@ class MaskedDataModeling(Task[MaskedBatch]):
         words = 0
 
         def add(name: str, value: Tensor) -> None:
+            """Add to a sum over all batches."""
             sums[name] = sums.get(name, 0.0) + float(value)
 
         for batch in loader:

@@ -99,6 +99,7 @@ class VQKD(nn.Module):
         width = config.width
 
         def beit(image_size: tuple[int, int], patch_size: int, channels: int, depth: int) -> Beit:
+            """Encoder or decoder, without a head."""
             net = Beit(
                 img_size=image_size,
                 patch_size=patch_size,

@@ -222,6 +222,7 @@ class Checkpoints:
         """Do something with the other ranks in a thread."""
 
         def run() -> None:
+            """Body of the thread."""
             try:
                 work()
             except BaseException as error:  # the main thread raises it

@@ -99,6 +99,7 @@ class Pulse:
         """Show until `leave` that this process runs, however long it works alone."""
 
         def show() -> None:
+            """Body of the thread."""
             with contextlib.suppress(RuntimeError):  # the store ends with who keeps it
                 while not self._over.wait(self._timeout / 10):
                     self._store.set(f"alive/{self._rank}", f"{time.time()}")
@@ -210,6 +211,7 @@ class Pulse:
         answers: list[T] = []
 
         def ask() -> None:
+            """Body of the thread, which may never end."""
             with contextlib.suppress(RuntimeError):
                 answers.append(question())
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import signal
 import statistics
 import time
 from collections import Counter
@@ -34,7 +33,15 @@ from beit3.train.randomness import seed_all, unchanged
 from beit3.train.sharding import clip_and_measure, divide, gradients_stay, is_divided, whole_state
 from beit3.train.speed import choose_precision, matmul_ceiling
 from beit3.train.task import Loader, Task, Work
-from beit3.train.watch import BAD_STEPS, LossWatch, check_budget, is_out_of_memory, record_bad_step, shapes_of
+from beit3.train.watch import (
+    BAD_STEPS,
+    LossWatch,
+    check_budget,
+    is_out_of_memory,
+    record_bad_step,
+    shapes_of,
+    stop_signals,
+)
 
 _FORMER_BEST = 9
 """Best steps that are remembered beside the newest: of some the checkpoint may not have been saved."""
@@ -160,7 +167,7 @@ def fit(run: Run) -> dict[str, float]:
         RankLostError: another process of the run ended or hangs.
         PreemptedError: asked to stop; the state is saved.
     """
-    with join_ranks(run.device, run.mesh.timeout) as ranks, _stop_signals() as stop:
+    with join_ranks(run.device, run.mesh.timeout) as ranks, stop_signals() as stop:
         refuse_differences(ranks, to_plain(run))
         with open_folder(run, ranks):
             trainer = _build(run, ranks)
@@ -496,26 +503,3 @@ def _autocast(trainer: Trainer) -> Any:
     if trainer.dtype == torch.float32:
         return nullcontext()
     return torch.autocast(trainer.ranks.device.type, dtype=trainer.dtype)
-
-
-@contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """Collect SIGTERM, SIGUSR1 (what batch systems send ahead) and the first SIGINT, so that the loop stops at a step
-    boundary with its state saved."""
-    received: list[int] = []
-
-    def note(number: int, frame: object) -> None:
-        if number == signal.SIGINT and received:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    try:
-        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-    except ValueError:  # not in the main thread: signals stay as they are
-        yield received
-        return
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

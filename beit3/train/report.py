@@ -42,6 +42,7 @@ class Section:
         """
 
         def cell(tag: str, column: int, value: object) -> Markup:
+            """One cell of a row."""
             style = ' class="text"' if column < text_columns else ""
             return Markup(f"<{tag}{style}>") + escape(value) + Markup(f"</{tag}>")
 

@@ -1,12 +1,14 @@
-"""What a run keeps an eye on: numbers that are not finite, losses that jump, samples that cannot be used."""
+"""What a run keeps an eye on: signals, numbers that are not finite, losses that jump, samples that cannot be used."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
+import signal
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +51,30 @@ class LossWatch:
         self.mean = keep * self.mean + (1 - keep) * taken
         self.records += 1
         return text
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Collect SIGTERM, SIGUSR1 (what batch systems send ahead) and the first SIGINT, so that the loop stops at a step
+    boundary with its state saved."""
+    received: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        """Remember a signal; a second SIGINT ends at once."""
+        if number == signal.SIGINT and received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    try:
+        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    except ValueError:  # not in the main thread: signals stay as they are
+        yield received
+        return
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def record_bad_step(

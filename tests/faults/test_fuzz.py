@@ -27,14 +27,14 @@ from beit3.data.shards import load_prepared
 from beit3.data.verify import verify_folder
 from beit3.errors import BeitError
 from beit3.model.build import build_model
-from beit3.model.presets import ModelConfig
 from beit3.model.store import load_model
 from beit3.predict import load
 from beit3.tokenizer.text import TextTokenizer, train_text_tokenizer
+from tests.faults.small import small_config
 
 SECONDS = 5
 """Of computing, for one file."""
-MEMORY = 10**9
+MEMORY = 2 * 2**30
 """Bytes, of the whole process: what the README promises."""
 Open = Callable[[bytes], None]
 """Opens a mutated file in every way that the package has for it."""
@@ -115,16 +115,7 @@ def tars(scratch: Path) -> tuple[list[bytes], Open]:
 
 def small_model(scratch: Path) -> Path:
     tokenizer = train_text_tokenizer(iter(["a red cat", "two blue dogs", "a green tree"] * 20), 40)
-    config = ModelConfig(
-        width=16,
-        num_layers=1,
-        num_heads=2,
-        ffn_width=16,
-        patch_size=8,
-        image_size=(16, 16),
-        vocab_size=len(tokenizer),
-        fusion_layers=1,
-    )
+    config = small_config(len(tokenizer))
     model = build_model(config, "classification", num_classes=3)
     model.save_pretrained(scratch / "model")
     tokenizer.save(scratch / "model" / "tokenizer.spm")
@@ -198,7 +189,8 @@ KINDS: dict[str, Callable[[Path], tuple[list[bytes], Open]]] = {
 )
 def test_mutated_files_are_refused_in_words(kind: str, number: int, tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, __file__, kind, str(number), str(tmp_path)],
+        [sys.executable, "-m", "tests.faults.test_fuzz", kind, str(number), str(tmp_path)],
+        cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
         timeout=1400,

@@ -19,7 +19,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 import beit3
 from beit3.cli import run_command
@@ -27,26 +26,13 @@ from beit3.config import replace
 from beit3.errors import BeitError, ConfigError
 from beit3.model.build import build_model
 from beit3.model.exchange import read_settings, write_folder
-from beit3.model.official import to_official
-from beit3.model.presets import ModelConfig
 from beit3.model.store import fill_model
 from beit3.tokenizer.official import load_visual_tokenizer
 from beit3.tokenizer.official import to_official as tokenizer_to_official
 from beit3.tokenizer.text import TextTokenizer
 from beit3.tokenizer.vqkd import VQKD, VQKDConfig
+from tests.integration.test_hostile_files import CONFIG, weights
 
-CONFIG = ModelConfig(
-    width=64,
-    num_layers=1,
-    num_heads=1,
-    ffn_width=8,
-    patch_size=2,
-    image_size=(4, 4),
-    vocab_size=5,
-    max_text_positions=5,
-    attention="decoupled",
-    fusion_layers=0,
-)
 VISUAL = VQKDConfig(
     image_size=(16, 16), patch_size=8, width=64, depth=1, num_heads=1, codebook_size=8, code_width=4, teacher_width=4
 )
@@ -58,11 +44,6 @@ def refused(read: Callable[[], object]) -> str:
         read()
     assert str(caught.value).isprintable()
     return str(caught.value)
-
-
-def weights() -> dict[str, Tensor]:
-    """A classifier in the released layout."""
-    return to_official(CONFIG, build_model(CONFIG, "classification", num_classes=3).state_dict())
 
 
 # --- Headers of safetensors -------------------------------------------------------------------------------------------

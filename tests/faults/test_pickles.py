@@ -108,22 +108,13 @@ def write_good(folder: Path) -> None:
     """What is read without objection: models with all that belongs to them, tokenizers, pairs, an index, codes."""
     from beit3.data.shard_writer import FolderWriter
     from beit3.model.build import build_model
-    from beit3.model.presets import ModelConfig
     from beit3.search.embed import embed_folder
     from beit3.tokenizer.text import train_text_tokenizer
     from beit3.tokenizer.vqkd import VQKD, VQKDConfig
+    from tests.faults.small import small_config
 
     tokenizer = train_text_tokenizer(iter(["a red cat", "two blue dogs", "a green tree"] * 20), 40)
-    config = ModelConfig(
-        width=16,
-        num_layers=1,
-        num_heads=2,
-        ffn_width=16,
-        patch_size=8,
-        image_size=(16, 16),
-        vocab_size=len(tokenizer),
-        fusion_layers=1,
-    )
+    config = small_config(len(tokenizer))
     files = {"tokenizer.spm": tokenizer.model}
     build_model(config, "retrieval").save_pretrained(folder / "retrieval", files)
     files["labels.json"] = b'["cat", "dog", "tree"]'
@@ -390,11 +381,13 @@ def watch(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """What each way of reading led to."""
+    from tests.processes import environment
+
     folder = tmp_path_factory.mktemp("pickles")
     done = subprocess.run(
         [sys.executable, __file__, str(folder)],
         cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        env=environment(HF_HUB_OFFLINE="1"),
         capture_output=True,
         text=True,
         timeout=250,

@@ -31,13 +31,14 @@ import beit3
 from beit3.cli import run_command
 from beit3.errors import RankLostError
 from beit3.model.build import build_model
-from beit3.model.presets import ModelConfig
 from beit3.tokenizer.text import train_text_tokenizer
 from beit3.train import checkpoint as module
 from beit3.train.checkpoint import list_checkpoints
 from beit3.train.distributed import Place, Pulse
 from beit3.train.log import read_log
 from beit3.train.manifest import damaged_files
+from tests.faults.small import small_config
+from tests.processes import environment
 
 if TYPE_CHECKING:
     from tests.conftest import Workspace
@@ -53,13 +54,13 @@ def begin(
     *,
     program: Sequence[str] = ("-m", "beit3"),
     options: Sequence[str] = (),
-    **environment: str,
+    **more: str,
 ) -> subprocess.Popen[str]:
     """Start Python in a process of its own."""
     return subprocess.Popen(
         [sys.executable, *options, *program, *arguments],
         cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        env=environment(**more),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -327,16 +328,7 @@ ODD = "ein Ordner mit \u00fc, \u540d\u524d & 'quotes' $HOME"
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of pictures and texts in a folder of an odd name."""
     tokenizer = train_text_tokenizer(iter(["a red cat", "two blue dogs", "ein gr\u00fcner Baum"] * 20), 50)
-    config = ModelConfig(
-        width=16,
-        num_layers=1,
-        num_heads=2,
-        ffn_width=16,
-        patch_size=8,
-        image_size=(16, 16),
-        vocab_size=len(tokenizer),
-        fusion_layers=1,
-    )
+    config = small_config(len(tokenizer))
     folder = tmp_path_factory.mktemp("models") / ODD
     made = build_model(config, "classification", num_classes=2)
     labels = json.dumps(["gr\u00fcn", "\u540d"]).encode()

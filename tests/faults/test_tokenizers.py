@@ -27,12 +27,12 @@ from beit3.data.visual_codes import CodeTable, tokenizer_hash
 from beit3.data.write_codes import CodesConfig, write_codes
 from beit3.errors import BeitError, ConfigError
 from beit3.model.build import build_model
-from beit3.model.presets import ModelConfig
 from beit3.pretrain.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
 from beit3.tokenizer.subwords import load_subwords
 from beit3.tokenizer.teachers import Teacher, TeacherConfig
 from beit3.tokenizer.text import TextTokenizer, train_text_tokenizer
 from beit3.tokenizer.vqkd import VQKD, VQKDConfig, distillation_loss
+from tests.faults.small import small_config
 
 LINES = ["a red cat", "two blue dogs", "a green tree and a house"] * 30
 
@@ -73,16 +73,7 @@ def test_a_damaged_text_tokenizer_is_refused_by_name_wherever_it_is_read(
 
 
 def model_with(proto: bytes, folder: Path) -> Path:
-    config = ModelConfig(
-        width=16,
-        num_layers=1,
-        num_heads=2,
-        ffn_width=16,
-        patch_size=8,
-        image_size=(16, 16),
-        vocab_size=len(TextTokenizer(proto)),
-        fusion_layers=1,
-    )
+    config = small_config(len(TextTokenizer(proto)))
     build_model(config, "retrieval").save_pretrained(folder / "model", {"tokenizer.spm": proto})
     return folder / "model"
 
