@@ -207,7 +207,10 @@ class Checkpoints:
         manifest = read_manifest(path)
         if manifest is None:
             raise ConfigError(f"{path / MANIFEST} is damaged: restore an older checkpoint")
-        own = [_read_own(path / f"rank-{rank}.pt") for rank in range(manifest["world_size"])]
+        shares = range(self.ranks.rank, manifest["world_size"], self.ranks.world_size)
+        read = self._together(lambda: {rank: _read_own(path / f"rank-{rank}.pt") for rank in shares})
+        found = {rank: part for parts in read for rank, part in parts.items()}
+        own = [found[rank] for rank in range(manifest["world_size"])]
         optimizer.zero_grad(set_to_none=True)  # torch leaves out the state of an optimizer that has gradients
         try:
             _load_tensors(path, model, optimizer, self.ranks)
