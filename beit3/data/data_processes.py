@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import atexit
 import gc
 import signal
 import threading
 import warnings
+import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -47,7 +47,7 @@ def start_processes(dataset: Any, num_workers: int, *, numbers: Iterable[int] | 
         with _own_signals():
             made: Any = iter(loader)
     if num_workers:
-        atexit.register(_kill, list(made._workers))
+        weakref.finalize(made, _kill, list(made._workers))  # at the end of the program as well
     return made
 
 

@@ -38,6 +38,7 @@ from torch.optim import Optimizer
 from beit3.errors import BeitError, ConfigError
 from beit3.train.distributed import Ranks
 from beit3.train.manifest import MANIFEST, VERSIONS, damaged_files, describe_file, digest, read_manifest, serialise
+from beit3.train.pulse import THREADS
 from beit3.train.randomness import random_state, set_random_state
 
 T = TypeVar("T")
@@ -112,7 +113,7 @@ class Checkpoints:
         """Step of the newest checkpoint known to be committed."""
         self._failures: list[str] = []
         self._lost: BaseException | None = None
-        """Why the thread could not even agree with the other ranks."""
+        """What the thread ended with, such as the loss of another rank."""
 
     def save(self, step: int, model: nn.Module, optimizer: Optimizer, extra: dict[str, Any], kept: Kept) -> None:
         """Copy the state of all ranks; a thread writes and commits it and deletes what is not kept.
@@ -153,7 +154,7 @@ class Checkpoints:
         self._raise_lost()
 
     def take_failure(self) -> str | None:
-        """Say in one line what went wrong in a save since last asked, the same on all ranks; never waits.
+        """Say in one line what went wrong in saves that have ended since last asked; never waits.
 
         Raises:
             RuntimeError: another rank was lost meanwhile.
@@ -207,19 +208,24 @@ class Checkpoints:
         manifest = read_manifest(path)
         if manifest is None:
             raise ConfigError(f"{path / MANIFEST} is damaged: restore an older checkpoint")
-        shares = range(self.ranks.rank, manifest["world_size"], self.ranks.world_size)
-        read = self._together(lambda: {rank: _read_own(path / f"rank-{rank}.pt") for rank in shares})
-        found = {rank: part for parts in read for rank, part in parts.items()}
-        own = [found[rank] for rank in range(manifest["world_size"])]
         optimizer.zero_grad(set_to_none=True)  # torch leaves out the state of an optimizer that has gradients
-        try:
-            _load_tensors(path, model, optimizer, self.ranks)
-        except CheckpointException as error:
-            raise ConfigError(f"{path} does not fit this run: {_first_failure(error)}") from error
+        own: list[dict[str, Any]] = []
+        self._aside(lambda: own.extend(self._load(path, manifest["world_size"], model, optimizer)))
         if len(own) == self.ranks.world_size:
             set_random_state(own[self.ranks.rank]["random"])
         self._saved = manifest["step"]
         return [part["extra"] for part in own]
+
+    def _load(self, path: Path, saved: int, model: nn.Module, optimizer: Optimizer) -> list[dict[str, Any]]:
+        """Load tensors; returns what each of `saved` ranks kept for itself, of which each rank here reads a share."""
+        shares = range(self.ranks.rank, saved, self.ranks.world_size)
+        read = self._together(lambda: {rank: _read_own(path / f"rank-{rank}.pt") for rank in shares})
+        try:
+            _load_tensors(path, model, optimizer, self.ranks)
+        except CheckpointException as error:
+            raise ConfigError(f"{path} does not fit this run: {_first_failure(error)}") from error
+        found = {rank: part for parts in read for rank, part in parts.items()}
+        return [found[rank] for rank in range(saved)]
 
     def _start(self, work: Callable[[], None]) -> None:
         """Do something with the other ranks in a thread."""
@@ -227,11 +233,13 @@ class Checkpoints:
         def run() -> None:
             """Body of the thread."""
             try:
+                if self.ranks.device.type == "cuda":
+                    torch.cuda.set_device(self.ranks.device)  # each thread has its own
                 work()
             except BaseException as error:  # the main thread raises it
                 self._lost = error
 
-        self._thread = threading.Thread(target=run, name="checkpoint", daemon=True)
+        self._thread = threading.Thread(target=run, name=f"{THREADS}checkpoint", daemon=True)
         self._thread.start()
 
     def _aside(self, work: Callable[[], None]) -> None:

@@ -1,18 +1,9 @@
-"""Ranks: one process each, started by `torchrun`; a plain start is rank 0 of 1.
-
-Each rank shows signs of life in the store that the ranks met in. Where one of them stops answering, the others find out
-there who it is, say so, and end it if it hangs on the same computer, so that nothing is left behind.
-"""
+"""Ranks: one process each, started by `torchrun`; a plain start is rank 0 of 1."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
 import os
-import signal
-import socket
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -28,197 +19,14 @@ from torch.distributed.rendezvous import rendezvous
 
 from beit3.config import differences
 from beit3.errors import ConfigError, RankLostError
+from beit3.train.pulse import Place, Pulse, lost_error
 
 T = TypeVar("T")
 
 DEFAULT_TIMEOUT = 600.0
 """Seconds that ranks wait for each other unless a run says otherwise."""
 _PATIENCE = timedelta(days=1)
-"""Longest wait for a rank that evaluates or writes a model while the others have nothing to do."""
-_GRACE = 2.0
-"""Seconds that ranks have to leave a note when something common failed."""
-_QUESTION = 2.0
-"""Seconds to wait for an answer of the store, which may be lost as well."""
-_WAITS, _LEFT = "waits", "left"
-"""Notes of ranks that wait for another one, and of those that end with a message of their own."""
-_HANGS = "hangs"
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a rank runs."""
-
-    rank: int
-    host: str
-    process: int
-
-    @property
-    def is_here(self) -> bool:
-        """Whether it runs on this computer."""
-        return self.host == socket.gethostname()
-
-    @property
-    def has_ended(self) -> bool:
-        """Whether it is known to run no more."""
-        if not self.is_here or not os.path.isdir("/proc/self"):
-            return False
-        try:
-            with open(f"/proc/{self.process}/stat") as file:
-                return file.read().rpartition(")")[2].split()[0] == "Z"
-        except OSError:
-            return True
-
-    def end(self) -> None:
-        """End it, if it runs here: what hangs cannot end itself, and what starts ranks would wait for it."""
-        if self.is_here:
-            with contextlib.suppress(OSError):
-                os.kill(self.process, signal.SIGKILL)
-
-    def __str__(self) -> str:
-        return f"rank {self.rank} (process {self.process} on {self.host})"
-
-
-class Pulse:
-    """Whether the other ranks live, and who is lost when they do not answer.
-
-    Args:
-        store: what the ranks met in.
-        places: of all ranks, in order.
-        rank: this process.
-        timeout: seconds that ranks wait for each other.
-    """
-
-    def __init__(self, store: Store, places: list[Place], rank: int, timeout: float) -> None:
-        self._store = store
-        self._places = places
-        self._rank = rank
-        self._timeout = timeout
-        self._over = threading.Event()
-
-    def keep_alive(self) -> None:
-        """Show until `leave` that this process runs, however long it works alone."""
-
-        def show() -> None:
-            """Body of the thread."""
-            with contextlib.suppress(RuntimeError):  # the store ends with who keeps it
-                while not self._over.wait(self._timeout / 10):
-                    self._store.set(f"alive/{self._rank}", f"{time.time()}")
-
-        threading.Thread(target=show, name="alive", daemon=True).start()
-
-    def leave(self) -> None:
-        """Say that this rank ends by itself, with a message of its own."""
-        self._over.set()
-        with contextlib.suppress(RuntimeError):  # nobody may be left to listen
-            self._store.set(f"note/{self._rank}", _LEFT)
-
-    def wait_until(self, done: Callable[[], bool]) -> None:
-        """Wait without a limit for what depends on other ranks, as long as they live.
-
-        Raises:
-            RankLostError: one showed no sign of life for the timeout.
-        """
-        # Of many ranks, each asking for all would be too much for one store.
-        watched = [place for place in self._places if place.rank != self._rank and 0 in (place.rank, self._rank)]
-        signs = {place: (b"", time.monotonic()) for place in watched}
-        asked = time.monotonic()
-        while not done():
-            time.sleep(0.01)
-            now = time.monotonic()
-            if now - asked < self._timeout / 10:
-                continue
-            asked = now
-            found = self._answer(lambda: [self._read(f"alive/{place.rank}") for place in watched])
-            for place, new in zip(watched, found or [b""] * len(watched), strict=True):
-                sign, seen = signs[place]
-                if new not in (sign, b""):
-                    signs[place] = new, now
-                elif now - seen > self._timeout:
-                    place.end()
-                    raise lost_error(self._rank, [f"{place}, which hangs"])
-
-    def find_lost(self, timed_out: bool) -> list[str]:
-        """Describe the ranks that ended or hang, after something common failed; what hangs on this computer is ended.
-
-        Whoever waits leaves a note. The first to do so writes down who is lost, so that all say the same: those that
-        ended, or else, where waiting took its full time, those that leave no note soon, although all that wait do.
-
-        Args:
-            timed_out: whether the full time was waited; otherwise a connection broke, which not all notice at once.
-        """
-        order = self._answer(self._leave_note)
-        if order is None:
-            return self._accuse_keeper()
-        if order == 1:
-            self._answer(lambda: self._store.set("lost", json.dumps(self._missed(timed_out))), _GRACE + _QUESTION)
-        found = self._answer(lambda: self._store.get("lost"), _GRACE + _QUESTION)
-        if found is None:
-            return self._accuse_keeper()
-        lost: dict[str, str] = json.loads(found)
-        for rank, how in lost.items():
-            if how == _HANGS:
-                self._places[int(rank)].end()
-        self._answer(self._let_others_read)
-        return [f"{self._places[int(rank)]}, which {how}" for rank, how in lost.items()]
-
-    def _leave_note(self) -> int:
-        """Say that this rank waits; returns the how-manieth it is."""
-        self._store.set(f"note/{self._rank}", _WAITS)
-        return self._store.add("waiting", 1)
-
-    def _let_others_read(self) -> int:
-        """Rank 0 may keep the store, and does not end before the others know as much."""
-        read = self._store.add("read", 1)
-        deadline = time.monotonic() + _QUESTION / 2
-        while self._rank == 0 and read < self._store.add("waiting", 0) and time.monotonic() < deadline:
-            time.sleep(0.02)
-            read = self._store.add("read", 0)
-        return read
-
-    def _missed(self, timed_out: bool) -> dict[int, str]:
-        """How ranks are lost, by rank."""
-        silent = [place for place in self._places if place.rank != self._rank]
-        ended: dict[int, str] = {}
-        deadline = time.monotonic() + _GRACE
-        while silent and not ended and time.monotonic() < deadline:
-            for place in list(silent):
-                note = self._read(f"note/{place.rank}")
-                if note or place.has_ended:
-                    silent.remove(place)
-                    if note != _WAITS.encode():
-                        ended[place.rank] = "has ended"
-            time.sleep(0.02)
-        if ended or not timed_out:
-            return ended
-        return {place.rank: _HANGS if place.is_here else "does not answer" for place in silent}
-
-    def _accuse_keeper(self) -> list[str]:
-        """If the store does not answer, who keeps it is lost: rank 0, or torchrun, which is none of the ranks."""
-        keeper = self._places[0]
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or self._rank == 0:
-            return []
-        if keeper.has_ended:
-            return [f"{keeper}, which has ended"]
-        keeper.end()
-        return [f"{keeper}, which {_HANGS}"]
-
-    def _read(self, key: str) -> bytes:
-        """What is written there; empty if nothing is."""
-        return self._store.get(key) if self._store.check([key]) else b""
-
-    def _answer(self, question: Callable[[], T], limit: float | None = None) -> T | None:
-        """Ask the store; None if it does not answer."""
-        answers: list[T] = []
-
-        def ask() -> None:
-            """Body of the thread, which may never end."""
-            with contextlib.suppress(RuntimeError):
-                answers.append(question())
-
-        asking = threading.Thread(target=ask, daemon=True)
-        asking.start()
-        asking.join(_QUESTION if limit is None else limit)
-        return answers[0] if answers else None
+"""Longest wait for a rank that evaluates, saves or loads; whether it lives is watched meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,6 +68,7 @@ class Ranks:
 
         Raises:
             RankLostError: it does not.
+            RuntimeError: its connection broke.
         """
         if self.world_size > 1:
             work = dist.barrier(self.patient, async_op=True)
@@ -320,7 +129,7 @@ def join_ranks(device_name: str, timeout: float = DEFAULT_TIMEOUT) -> Iterator[R
     assert isinstance(patient, dist.ProcessGroup)  # every rank is a member
     assert isinstance(background, dist.ProcessGroup)
     ranks = Ranks(rank, world_size, device, patient, background)
-    places = ranks.gather(Place(rank, socket.gethostname(), os.getpid()))
+    places = ranks.gather(Place.of(rank, os.getpid()))
     pulse = Pulse(PrefixStore("pulse", store), places, rank, timeout)
     pulse.keep_alive()
     try:
@@ -371,12 +180,6 @@ def _name_start(store: Store, rank: int, world_size: int, limit: timedelta) -> s
             raise TimeoutError
         time.sleep(0.02)
     return own
-
-
-def lost_error(rank: int, lost: list[str]) -> RankLostError:
-    """What a rank says that waited for others."""
-    whom = "; ".join(lost) or "another rank"
-    return RankLostError(f"rank {rank} waited in vain for {whom}: see the first error, mend it and go on with --resume")
 
 
 def is_of_the_network(error: BaseException) -> bool:

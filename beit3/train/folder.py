@@ -44,6 +44,7 @@ def open_folder(run: Run, ranks: Ranks) -> Iterator[None]:
                 held.enter_context(_claim(run))
             except ConfigError as error:
                 refused = error
+        ranks.barrier()  # a large folder takes its time to be emptied
         (failed,) = ranks.agree(float(refused is not None))
         if failed:
             raise refused or ConfigError("rank 0 refused to start: see its message")
@@ -88,7 +89,9 @@ def _without_free(value: object, where: str = "") -> object:
 def _read_record(record: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(record.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+    except OSError as error:
+        raise ConfigError(f"{record} cannot be read ({error.strerror}): try again") from error
+    except (ValueError, TypeError) as error:
         raise ConfigError(
             f"{record} is damaged ({error}): delete it to go on from the checkpoints beside it"
         ) from error

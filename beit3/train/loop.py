@@ -12,7 +12,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 from beit3.config import Run, nearest, to_plain
 from beit3.errors import BeitError, ConfigError, DivergedError, PreemptedError
 from beit3.train.checkpoint import Checkpoints, Kept, clean_leftovers, list_checkpoints, set_newer_aside
-from beit3.train.distributed import Ranks, is_of_the_network, join_ranks, refuse_differences
+from beit3.train.distributed import Ranks, join_ranks, refuse_differences
 from beit3.train.folder import CHECKPOINTS, EXPORT, fixed_hash, open_folder, write_preempted, write_record
 from beit3.train.log import RunLog
 from beit3.train.optim import Schedule, build_optimizer
@@ -246,20 +246,23 @@ def _train(trainer: Trainer, log: RunLog, stop: list[int]) -> None:
         paused = _now()
         _tell_failure(trainer, log)
         done = _share_done(trainer) >= 1
-        if progress.step % run.loop.log_every == 0 or done:
+        logged = progress.step % run.loop.log_every == 0 or done
+        if logged:
             _log(trainer, log, meters, found.norm)
-            meters = Meters()
         best = False
         if run.loop.eval_every and progress.step % run.loop.eval_every == 0 and not done:
             best = _is_best(trainer, _evaluate(trainer, log))
-            meters.started = time.perf_counter()
         if stopping and not done:
             _save(trainer, log, wait=True)
             write_preempted(run, ranks, progress.step)
             raise PreemptedError(f"stopped at step {progress.step}, state saved in {run.folder}: go on with --resume")
         if best or _is_due(trainer):
             _save(trainer, log)
-        counted += _now() - paused  # what is not training does not count
+        pause = _now() - paused  # what is not training does not count
+        counted += pause
+        meters.started += pause
+        if logged:
+            meters = Meters()
 
 
 def _find_gradients(trainer: Trainer, batches: Iterator[Any], meters: Meters) -> Gradients:
@@ -475,12 +478,13 @@ def _resume(trainer: Trainer) -> None:
 
 @contextmanager
 def _last_save(trainer: Trainer) -> Iterator[None]:
-    """Let a save under way end before an error of this rank ends it; where another rank is lost it could not."""
+    """Let a save under way end before an error does, unless the other ranks know nothing of the error."""
     try:
         yield
     except Exception as error:
-        if not is_of_the_network(error):
-            trainer.checkpoints.finish()
+        if trainer.ranks.world_size == 1 or isinstance(error, (DivergedError, PreemptedError)):
+            with suppress(Exception):  # the first error is the one to tell
+                trainer.checkpoints.finish()
         raise
 
 
@@ -493,7 +497,7 @@ def _memory_told(trainer: Trainer) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise BeitError(
-            f"out of memory in step {trainer.progress.step + 1} on rank {trainer.ranks.rank}, with the batch "
+            f"out of memory after step {trainer.progress.step} on rank {trainer.ranks.rank}, with the batch "
             f"{trainer.shapes}: make it smaller, recompute (--task.model.activation-checkpointing), or divide "
             "(--mesh.shard 0)"
         ) from error

@@ -38,11 +38,14 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     """
     try:
         raw = _patiently((path / MANIFEST).read_bytes, path / MANIFEST)
+    except OSError:
+        return None
+    try:
         content: dict[str, Any] = json.loads(raw)
         if raw != serialise({name: value for name, value in content.items() if name != "sha256"}):
             return None
         schema = int(content["schema"])
-    except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError):
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
         return None
     if schema > SCHEMA:
         raise ConfigError(

@@ -9,6 +9,7 @@ import contextlib
 import inspect
 import math
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any, cast
 
 import torch
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -62,7 +64,10 @@ def lay_mesh(config: MeshConfig, ranks: Ranks) -> DeviceMesh:
     size = config.ranks_of_copy(ranks.world_size)
     if size == ranks.world_size:
         return init_device_mesh(ranks.device.type, (size,), mesh_dim_names=("shard",))
-    return init_device_mesh(ranks.device.type, (ranks.world_size // size, size), mesh_dim_names=("copy", "shard"))
+    mesh = init_device_mesh(ranks.device.type, (ranks.world_size // size, size), mesh_dim_names=("copy", "shard"))
+    for group in mesh.get_all_groups():  # which torch makes with a timeout of its own
+        _set_pg_timeout(timedelta(seconds=config.timeout), group)
+    return mesh
 
 
 def shard_task(task: nn.Module, config: MeshConfig, mesh: DeviceMesh, dtype: torch.dtype) -> None:

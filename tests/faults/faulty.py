@@ -62,8 +62,11 @@ class Faulty(Task[Tensor]):
 
     def train_loader(self, run: Run, rank: int, world_size: int) -> Loader[Tensor]:
         self.rank = rank
-        if rank == 1 and os.environ.get("FAULT", "").startswith("save_slowly"):
+        kind = os.environ.get("FAULT", "")
+        if rank == 1 and kind.startswith("save_slowly"):
             _write_slowly()
+        if rank == 1 and kind.startswith("load_stop"):
+            checkpoint._load_tensors = lambda *_: os.kill(os.getpid(), signal.SIGSTOP)
         return Rows(rank)
 
     def prepare_data(self, run: Run) -> None:
@@ -97,7 +100,7 @@ class Faulty(Task[Tensor]):
 
 
 def misbehave(kind: str, loss: Tensor) -> Tensor:
-    if kind == "raise":
+    if kind in ("raise", "save_slowly_and_raise"):
         raise ValueError("a mistake in the model")
     if kind == "exit":
         os._exit(0)

@@ -34,9 +34,9 @@ from beit3.model.build import build_model
 from beit3.tokenizer.text import train_text_tokenizer
 from beit3.train import checkpoint as module
 from beit3.train.checkpoint import list_checkpoints
-from beit3.train.distributed import Place, Pulse
 from beit3.train.log import read_log
 from beit3.train.manifest import damaged_files
+from beit3.train.pulse import Place, Pulse
 from tests.faults.small import small_config
 from tests.processes import environment
 
@@ -267,7 +267,7 @@ def test_signs_of_life_go_on_though_the_clock_goes_back(monkeypatch: pytest.Monk
     store.set_timeout(timedelta(seconds=1))
     hours = itertools.count(500_000, -1)
     monkeypatch.setattr(time, "time", lambda: 3600.0 * next(hours))
-    places = [Place(0, "here", os.getpid()), Place(1, "elsewhere", 1)]
+    places = [Place.of(0, os.getpid()), Place(1, "elsewhere", 1, "another machine", "")]
     shown, watching = (Pulse(store, places, rank, 0.5) for rank in (1, 0))
     shown.keep_alive()
     deadline = time.monotonic() + 2

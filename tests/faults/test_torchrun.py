@@ -158,6 +158,21 @@ def test_a_stop_of_torchrun_saves_the_state_although_data_processes_hear_it_too(
     assert not started.processes()
 
 
+def test_a_survivor_ends_in_order_although_a_save_is_under_way(tmp_path: Path) -> None:
+    """Its thread waits for the lost rank in C++, which would abort an orderly end of Python; without torchrun."""
+    (port,) = free_ports(1)
+    group = {"MASTER_PORT": port, "WORLD_SIZE": "2", "FAULT": "save_slowly_and_raise:1:3"}
+    command = [sys.executable, "-m", "beit3", "train", str(HERE / "faulty.py"), "--out", str(tmp_path)]
+    ranks = [
+        subprocess.Popen(command, env=environment(**group, RANK=f"{rank}"), stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    said = [rank.communicate(timeout=LONGEST)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [1, 1], said
+    assert "a mistake in the model" in said[1]
+    assert said[0].splitlines()[-1].startswith("beit3: rank 0 waited in vain for rank 1")
+
+
 def test_two_machines_restart_together(whole: Path) -> None:
     _, launch = two_machines(smallest=2)
     codes, said = ended(*(start(whole, "faulty.py", launch, "machines", fault="kill:1:5") for _ in range(2)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import socket
@@ -17,10 +18,9 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
 from beit3.errors import ConfigError, RankLostError
-from beit3.train.distributed import Place, Pulse, _name_start, choose_device, join_ranks
+from beit3.train.distributed import _name_start, choose_device, join_ranks
+from beit3.train.pulse import Place, Pulse
 from tests.processes import free_ports
-
-ELSEWHERE = "another.host"
 
 
 @pytest.fixture
@@ -39,20 +39,18 @@ def new_store(timeout: float = 5.0) -> Store:
     return store
 
 
+def far(rank: int) -> Place:
+    """A place on another computer, of the number of a process that runs here."""
+    return Place(rank, "another.host", os.getpid(), "another machine", "")
+
+
 def four_places(processes: list[subprocess.Popen[bytes]]) -> list[Place]:
     """Ranks 0 and 1 here, 2 here too, 3 elsewhere."""
-    here = socket.gethostname()
-    own = os.getpid()
-    return [
-        Place(0, here, own),
-        Place(1, here, processes[0].pid),
-        Place(2, here, processes[1].pid),
-        Place(3, ELSEWHERE, 3),
-    ]
+    return [Place.of(0, os.getpid()), Place.of(1, processes[0].pid), Place.of(2, processes[1].pid), far(3)]
 
 
 def test_a_process_that_ended_is_known_to_have(sleepers: list[subprocess.Popen[bytes]]) -> None:
-    place = Place(1, socket.gethostname(), sleepers[0].pid)
+    place = Place.of(1, sleepers[0].pid)
     assert not place.has_ended
     place.end()
     deadline = time.monotonic() + 10
@@ -61,10 +59,26 @@ def test_a_process_that_ended_is_known_to_have(sleepers: list[subprocess.Popen[b
         time.sleep(0.01)
     assert sleepers[0].wait() == -signal.SIGKILL
     assert place.has_ended
-    far = Place(1, ELSEWHERE, sleepers[1].pid)
-    far.end()
-    assert not far.has_ended
-    assert sleepers[1].poll() is None, "processes of other computers are left alone"
+
+
+def test_processes_of_others_are_left_alone(sleepers: list[subprocess.Popen[bytes]]) -> None:
+    """Of another computer of the same name, and one that has come to the number of one that ended."""
+    mine = Place.of(1, sleepers[0].pid)
+    elsewhere = dataclasses.replace(mine, machine="another machine")
+    later = dataclasses.replace(mine, born="1")
+    assert not elsewhere.has_ended
+    assert later.has_ended
+    for place in (elsewhere, later):
+        place.end()
+    time.sleep(0.1)
+    assert sleepers[0].poll() is None
+
+
+class Hung:
+    """A store that answers nothing."""
+
+    def set(self, key: str, value: str) -> None:
+        time.sleep(3)
 
 
 def found_by(store: Store, places: list[Place], *ranks: int, timed_out: bool = True) -> list[list[str]]:
@@ -77,13 +91,15 @@ def found_by(store: Store, places: list[Place], *ranks: int, timed_out: bool = T
 def test_ranks_that_wait_agree_on_the_one_that_hangs_and_end_it(sleepers: list[subprocess.Popen[bytes]]) -> None:
     places = four_places(sleepers)
     first, second, third = found_by(new_store(), places, 0, 1, 3)
-    assert first == second == third == [f"rank 2 (process {sleepers[1].pid} on {places[2].host}), which hangs"]
+    assert first == second == third == [f"rank 2 (process {sleepers[1].pid} on {socket.gethostname()}), which hangs"]
     assert sleepers[1].wait() == -signal.SIGKILL
     assert sleepers[0].poll() is None, "a rank that waits is left alone, however long it has"
 
 
 def test_nobody_is_accused_of_hanging_before_the_time_is_over(sleepers: list[subprocess.Popen[bytes]]) -> None:
-    assert found_by(new_store(), four_places(sleepers), 0, 1, timed_out=False) == [[], []]
+    places = four_places(sleepers)
+    told = [f"{place}, of which nothing is heard" for place in places[2:]]
+    assert found_by(new_store(), places, 0, 1, timed_out=False) == [told, told]
     assert [process.poll() for process in sleepers] == [None, None]
 
 
@@ -92,25 +108,58 @@ def test_a_rank_that_said_farewell_is_told_at_once(sleepers: list[subprocess.Pop
     Pulse(store, places, 3, 10.0).leave()
     started = time.monotonic()
     for found in found_by(store, places, 0, 1, 2):
-        assert found == [f"rank 3 (process 3 on {ELSEWHERE}), which has ended"]
+        assert found == [f"{far(3)}, which has ended"]
     assert time.monotonic() - started < 1
 
 
 def test_a_silent_rank_of_another_computer_is_named_and_left_alone(sleepers: list[subprocess.Popen[bytes]]) -> None:
     for found in found_by(new_store(), four_places(sleepers), 0, 1, 2):
-        assert found == [f"rank 3 (process 3 on {ELSEWHERE}), which does not answer"]
+        assert found == [f"{far(3)}, of which nothing is heard"]
     assert [process.poll() for process in sleepers] == [None, None]
 
 
-def test_a_store_that_does_not_answer_accuses_who_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_hangs_accuses_who_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
-    monkeypatch.setattr("beit3.train.distributed._QUESTION", 0.1)
-    monkeypatch.setattr("beit3.train.distributed._GRACE", 0.1)
+    monkeypatch.setattr("beit3.train.pulse._QUESTION", 0.1)
     monkeypatch.setattr(Pulse, "_leave_note", lambda self: time.sleep(1))
-    places = [Place(0, ELSEWHERE, 7), Place(1, socket.gethostname(), os.getpid())]
-    assert found_by(new_store(0.3), places, 1) == [[f"rank 0 (process 7 on {ELSEWHERE}), which hangs"]]
+    places = [far(0), Place.of(1, os.getpid())]
+    assert found_by(new_store(), places, 1) == [[f"{far(0)}, which hangs"]]
+    started = time.monotonic()
+    pulse = Pulse(new_store(), places, 1, 0.2)
+    monkeypatch.setattr(Pulse, "_read", lambda self, key: time.sleep(1))
+    with pytest.raises(RankLostError, match=r"rank 0 .* which hangs"):
+        pulse.wait_until(lambda: False)
+    monkeypatch.setattr(pulse, "_store", Hung())
+    pulse.leave()
+    assert time.monotonic() - started < 2, "a store that hangs keeps nobody from leaving"
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")  # torchrun keeps it
-    assert found_by(new_store(0.3), places, 1) == [[]]
+    assert found_by(new_store(), places, 1) == [[]]
+
+
+def test_a_store_that_ended_ends_no_process(
+    monkeypatch: pytest.MonkeyPatch, sleepers: list[subprocess.Popen[bytes]]
+) -> None:
+    """Who keeps it is about to end by itself, with a message and an exit code of its own."""
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+
+    def refuse(self: Pulse) -> int:
+        raise dist.DistNetworkError("Connection reset by peer")
+
+    monkeypatch.setattr(Pulse, "_leave_note", refuse)
+    keeper = Place.of(0, sleepers[0].pid)
+    assert found_by(new_store(), [keeper, Place.of(1, os.getpid())], 1) == [[f"{keeper}, which has ended"]]
+    assert sleepers[0].poll() is None
+
+
+def test_a_first_that_is_lost_as_well_has_nobody_accused(
+    monkeypatch: pytest.MonkeyPatch, sleepers: list[subprocess.Popen[bytes]]
+) -> None:
+    monkeypatch.setattr("beit3.train.pulse._GRACE", 0.2)
+    monkeypatch.setattr("beit3.train.pulse._QUESTION", 0.2)
+    store, places = new_store(), four_places(sleepers)
+    store.add("waiting", 1)  # and was killed before it wrote who is lost
+    assert found_by(store, places, 1) == [[]]
+    assert [process.poll() for process in sleepers] == [None, None]
 
 
 def test_a_wait_has_no_limit_as_long_as_the_other_lives(sleepers: list[subprocess.Popen[bytes]]) -> None:

@@ -403,7 +403,9 @@ def test_a_lack_of_memory_is_one_line_with_the_shape_of_the_batch(
         torch.empty(2**60)
 
     monkeypatch.setattr(f"beit3.train.loop.{place}", grow)
-    with pytest.raises(BeitError, match=r"out of memory in step \d on rank 0, with the batch batch \(8, 5\) float32"):
+    with pytest.raises(
+        BeitError, match=r"out of memory after step \d on rank 0, with the batch batch \(8, 5\) float32"
+    ):
         fit(line_run())
 
 
