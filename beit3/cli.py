@@ -32,7 +32,11 @@ T = TypeVar("T")
 
 def main() -> None:
     """Entry point: run a verb and exit with its code."""
-    code = run_command(sys.argv[1:])
+    try:
+        code = run_command(sys.argv[1:])
+    except Exception:  # a mistake in the program
+        traceback.print_exc()
+        code = BeitError.exit_code
     ranks = sys.modules.get("beit3.train.pulse")
     if ranks is not None and any(thread.name.startswith(ranks.THREADS) for thread in threading.enumerate()):
         # One that waits in C++ for a lost rank would abort an orderly end, with a core file of the whole memory.
