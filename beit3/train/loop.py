@@ -240,7 +240,10 @@ def _train(trainer: Trainer, log: RunLog, stop: list[int]) -> None:
             float(not found.is_finite), progress.seconds + now - counted, float(len(stop))
         )
         counted = now
-        _skip_step(trainer, log, found) if bad else _take_step(trainer)
+        if bad:
+            _skip_step(trainer, log, found)
+        else:
+            _take_step(trainer)
         progress.step += 1
         log.step(progress.step)
         paused = _now()

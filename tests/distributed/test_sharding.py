@@ -59,6 +59,7 @@ CASES = {
     "divided_muon": Case(2, MeshConfig(shard=0), optimizer="nmuon"),
     "divided_bf16": Case(2, MeshConfig(shard=0), dtype=torch.bfloat16),
     "divided_compiled": Case(2, MeshConfig(shard=0), compiled=True),
+    "ddp_by_four": Case(4, MeshConfig()),
     "divided_by_four": Case(4, MeshConfig(shard=0)),
     "hybrid": Case(4, MeshConfig(shard=2)),
 }

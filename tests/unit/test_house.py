@@ -156,6 +156,29 @@ def test_running_a_file_of_the_package_says_how_to_run_it() -> None:
     assert done.stderr.strip() == "use: python -m beit3"
 
 
+def test_nothing_of_the_package_listens() -> None:
+    """No server, and no socket of its own: what torch.distributed opens for the ranks of a run is all."""
+    servers = {
+        "asyncio",
+        "flask",
+        "gradio",
+        "http",
+        "fastapi",
+        "socketserver",
+        "streamlit",
+        "tornado",
+        "uvicorn",
+        "xmlrpc",
+    }
+    for path in MODULES:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+        names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
+        assert not servers & {part for name in names for part in (name, name.partition(".")[0])}, path
+        calls = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+        assert not calls & {"listen", "create_server", "serve_forever"}, path
+
+
 @pytest.mark.parametrize("path", MODULES, ids=module_name)
 def test_functions_are_short(path: Path) -> None:
     functions = [

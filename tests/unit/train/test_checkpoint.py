@@ -469,6 +469,28 @@ def test_what_is_damaged_is_told_put_aside_and_kept_until_the_next_time(tmp_path
         assert list_checkpoints(tmp_path) == [older]
 
 
+def test_all_is_on_the_disk_before_a_checkpoint_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a loss of power would leave the name and not the bytes."""
+    events: list[str] = []
+    sync, rename = os.fsync, os.rename
+
+    def note_sync(handle: int) -> None:
+        events.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name.removesuffix(".tmp"))
+        sync(handle)
+
+    def note_rename(source: Path, target: Path) -> None:
+        events.append(f"rename {Path(target).name}")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(os, "rename", note_rename)
+    saved = trained(tmp_path).save(1)
+    named = events.index("rename step-00000001")
+    assert {path.name for path in files_of(saved)} <= set(events[:named])
+    assert any(name.startswith("step-00000001.tmp-") for name in events[:named]), "the folder of the files as well"
+    assert events[named + 1] == tmp_path.name, "and then the name"
+
+
 def test_any_file_that_is_missing_is_named_and_the_older_one_is_taken(tmp_path: Path) -> None:
     state = trained(tmp_path)
     older, newer = state.save(1), state.save(2)

@@ -436,6 +436,22 @@ def test_a_step_that_is_not_finite_leaves_the_statistics_of_batch_norms_alone(
     assert skipped.num_batches_tracked == 5, "of six steps"
 
 
+def test_a_jump_of_the_loss_is_an_alarm(line_run: MakeRun, tasks: Tasks, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = type(line_run().task.build())
+    forward = line.forward
+
+    def jump(self: Any, batch: torch.Tensor) -> dict[str, torch.Tensor]:
+        values: dict[str, torch.Tensor] = forward(self, batch)
+        return {name: value * (1000 if self.passes == 15 else 1) for name, value in values.items()}
+
+    monkeypatch.setattr(line, "forward", jump)
+    run = line_run(**{"loop.steps": 18})
+    fit(run)
+    (alarm,) = read_log(run.folder, "alarm")
+    assert alarm["step"] == 15
+    assert alarm["text"].startswith("the loss jumped to")
+
+
 def test_a_folder_in_use_is_refused(line_run: MakeRun, tasks: Tasks) -> None:
     run = line_run()
     with (
