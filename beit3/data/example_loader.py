@@ -16,12 +16,12 @@ import hashlib
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from beit3.config import require
+from beit3.config import Run, require
 from beit3.data.data_processes import next_item, start_processes
 from beit3.data.fingerprint import Fingerprint, fingerprint_digest
 from beit3.data.loaders import MAX_BAD_IN_A_ROW, belongs_here, share_of_counts, told
@@ -102,6 +102,31 @@ class ExampleLoader(Generic[T, B]):
         self._drawn = 0
         self._indices: list[int] = []
         self._prefetched: Iterator[_Drawn] | None = None
+
+    @classmethod
+    def for_run(
+        cls,
+        examples: Examples[T],
+        collate: Callable[[list[T]], B],
+        run: Run,
+        rank: int,
+        world_size: int,
+        *,
+        batch_size: int,
+        data: Fingerprint | None = None,
+    ) -> Self:
+        """The loader of one rank of a run."""
+        return cls(
+            examples,
+            collate,
+            batch_size=batch_size,
+            seed=run.seed,
+            rank=rank,
+            world_size=world_size,
+            num_workers=run.loop.num_workers,
+            data=data,
+            allow_data_change=run.allow_data_change,
+        )
 
     def __len__(self) -> int:
         """Count the batches of one epoch."""

@@ -109,16 +109,8 @@ class IndexTask(Task[B], ABC):
         """
         if rank == 0 and self.config.eval is not None:
             self._examples_to_evaluate(run.data / self.config.eval)
-        return ExampleLoader(
-            examples,
-            collate,
-            batch_size=self.config.batch_size,
-            seed=run.seed,
-            rank=rank,
-            world_size=world_size,
-            num_workers=run.loop.num_workers,
-            data=data,
-            allow_data_change=run.allow_data_change,
+        return ExampleLoader.for_run(
+            examples, collate, run, rank, world_size, batch_size=self.config.batch_size, data=data
         )
 
     def eval_loader(self, run: Run) -> Iterable[B] | None:

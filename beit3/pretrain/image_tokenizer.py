@@ -131,16 +131,8 @@ class ImageTokenizer(Task[CropBatch]):
             return Mapped(loader, operator.itemgetter("images"))
         data = fingerprint_streams({"images": config.images}, run.data)
         cache = self._cache(run, data)
-        return ExampleLoader(
-            cache,
-            _collate_cached,
-            batch_size=config.images.batch_size,
-            seed=run.seed,
-            rank=rank,
-            world_size=world_size,
-            num_workers=run.loop.num_workers,
-            data=data,
-            allow_data_change=run.allow_data_change,
+        return ExampleLoader.for_run(
+            cache, _collate_cached, run, rank, world_size, batch_size=config.images.batch_size, data=data
         )
 
     def prepare_data(self, run: Run) -> None:
