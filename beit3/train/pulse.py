@@ -31,8 +31,8 @@ _GRACE = 2.0
 """Seconds that ranks have to leave a note when something common failed, and to end when they do."""
 _QUESTION = 2.0
 """Seconds to wait for an answer of the store, which may be lost as well."""
-_WAITS, _LEFT = "waits", "left"
-"""Notes of ranks that wait for another one, and of those that end with a message of their own."""
+_WAITED, _BROKEN, _LEFT = "waited", "broken", "left"
+"""Notes of ranks that waited their full time, of those whose connection broke, and of those that end by themselves."""
 _ENDED, _HANGS, _SILENT = "which has ended", "which hangs", "of which nothing is heard"
 _NAMED = 8
 """Lost ranks that a message names."""
@@ -165,13 +165,13 @@ class Pulse:
         """Describe the ranks that ended or hang, after something common failed; what hangs on this computer is ended.
 
         Whoever waits leaves a note. The first to do so writes down who is lost, so that all say the same: those that
-        ended, or else, where waiting took its full time, those that leave no note soon, although all that wait do.
+        ended, or else, where any waited its full time, those that leave no note soon, although all that wait do.
 
         Args:
-            timed_out: whether the full time was waited; otherwise a connection broke, which not all notice at once.
+            timed_out: whether the full time was waited here; otherwise a connection broke, which not all notice at once
         """
         try:
-            if self._ask(self._leave_note) == 1:
+            if self._ask(lambda: self._leave_note(timed_out)) == 1:
                 self._ask(lambda: self._store.set("lost", json.dumps(self._missed(timed_out))), _GRACE + _QUESTION)
             found = self._ask(self._read_lost, _GRACE + 2 * _QUESTION)
         except (ConnectionError, TimeoutError) as error:
@@ -184,9 +184,9 @@ class Pulse:
             self._ask(self._let_others_read)
         return [f"{self._places[int(rank)]}, {how}" for rank, how in lost.items()]
 
-    def _leave_note(self) -> int:
+    def _leave_note(self, timed_out: bool) -> int:
         """Say that this rank waits; returns the how-manieth it is."""
-        self._store.set(f"note/{self._rank}", _WAITS)
+        self._store.set(f"note/{self._rank}", _WAITED if timed_out else _BROKEN)
         return self._store.add("waiting", 1)
 
     def _missed(self, timed_out: bool) -> dict[int, str]:
@@ -196,10 +196,11 @@ class Pulse:
         deadline = time.monotonic() + _GRACE
         while silent and not ended and time.monotonic() < deadline:
             for place in list(silent):
-                note = self._read(f"note/{place.rank}")
+                note = self._read(f"note/{place.rank}").decode()
+                timed_out |= note == _WAITED  # and so broke the connections of others
                 if note or place.has_ended:
                     silent.remove(place)
-                    if note != _WAITS.encode():
+                    if note not in (_WAITED, _BROKEN):
                         ended[place.rank] = _ENDED
             time.sleep(0.02)
         hangs = {place.rank: _HANGS if timed_out and place.is_here else _SILENT for place in silent}

@@ -103,6 +103,20 @@ def test_nobody_is_accused_of_hanging_before_the_time_is_over(sleepers: list[sub
     assert [process.poll() for process in sleepers] == [None, None]
 
 
+def test_one_that_waited_its_full_time_speaks_for_those_whose_connections_it_broke(
+    sleepers: list[subprocess.Popen[bytes]],
+) -> None:
+    store, places = new_store(), four_places(sleepers)
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(Pulse(store, places, 0, 10.0).find_lost, False)
+        time.sleep(0.2)
+        second = pool.submit(Pulse(store, places, 1, 10.0).find_lost, True)
+        third = pool.submit(Pulse(store, places, 3, 10.0).find_lost, False)
+    assert first.result() == second.result() == third.result() == [f"{places[2]}, which hangs"]
+    assert sleepers[1].wait() == -signal.SIGKILL
+    assert sleepers[0].poll() is None
+
+
 def test_a_rank_that_said_farewell_is_told_at_once(sleepers: list[subprocess.Popen[bytes]]) -> None:
     store, places = new_store(), four_places(sleepers)
     Pulse(store, places, 3, 10.0).leave()
@@ -121,7 +135,7 @@ def test_a_silent_rank_of_another_computer_is_named_and_left_alone(sleepers: lis
 def test_a_store_that_hangs_accuses_who_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
     monkeypatch.setattr("beit3.train.pulse._QUESTION", 0.1)
-    monkeypatch.setattr(Pulse, "_leave_note", lambda self: time.sleep(1))
+    monkeypatch.setattr(Pulse, "_leave_note", lambda self, timed_out: time.sleep(1))
     places = [far(0), Place.of(1, os.getpid())]
     assert found_by(new_store(), places, 1) == [[f"{far(0)}, which hangs"]]
     started = time.monotonic()
@@ -142,7 +156,7 @@ def test_a_store_that_ended_ends_no_process(
     """Who keeps it is about to end by itself, with a message and an exit code of its own."""
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
 
-    def refuse(self: Pulse) -> int:
+    def refuse(self: Pulse, timed_out: bool) -> int:
         raise dist.DistNetworkError("Connection reset by peer")
 
     monkeypatch.setattr(Pulse, "_leave_note", refuse)
