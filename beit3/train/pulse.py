@@ -31,6 +31,8 @@ _GRACE = 2.0
 """Seconds that ranks have to leave a note when something common failed, and to end when they do."""
 _QUESTION = 2.0
 """Seconds to wait for an answer of the store, which may be lost as well."""
+_FAREWELL = 3.0
+"""Seconds that the store outlives the first who know: some ranks notice only when these end."""
 _WAITED, _BROKEN, _LEFT = "waited", "broken", "left"
 """Notes of ranks that waited their full time, of those whose connection broke, and of those that end by themselves."""
 _ENDED, _HANGS, _SILENT = "which has ended", "which hangs", "of which nothing is heard"
@@ -76,6 +78,11 @@ class Place:
 
     def __str__(self) -> str:
         return f"rank {self.rank} (process {self.process} on {self.host})"
+
+
+def _agent_keeps_store() -> bool:
+    """Whether torchrun keeps the store that the ranks met in, not rank 0."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _this_machine() -> str:
@@ -181,7 +188,7 @@ class Pulse:
             if how == _HANGS:
                 self._places[int(rank)].end()
         with contextlib.suppress(ConnectionError, TimeoutError):
-            self._ask(self._let_others_read)
+            self._ask(lambda: self._let_others_read(lost), _FAREWELL + _QUESTION)
         return [f"{self._places[int(rank)]}, {how}" for rank, how in lost.items()]
 
     def _leave_note(self, timed_out: bool) -> int:
@@ -213,13 +220,16 @@ class Pulse:
             time.sleep(0.02)
         return found
 
-    def _let_others_read(self) -> None:
-        """Rank 0 may keep the store, and does not end before the others know as much."""
-        read = self._store.add("read", 1)
-        deadline = time.monotonic() + _QUESTION / 2
-        while self._rank == 0 and read < self._store.add("waiting", 0) and time.monotonic() < deadline:
+    def _let_others_read(self, lost: dict[str, str]) -> None:
+        """Who keeps the store does not end before the others know as much."""
+        self._store.set(f"read/{self._rank}", "")
+        if self._rank != 0 or _agent_keeps_store():
+            return
+        others = [place for place in self._places[1:] if str(place.rank) not in lost]
+        deadline = time.monotonic() + _FAREWELL
+        while others and time.monotonic() < deadline:
+            others = [place for place in others if not (self._store.check([f"read/{place.rank}"]) or place.has_ended)]
             time.sleep(0.02)
-            read = self._store.add("read", 0)
 
     def _keeper_lost(self, error: Exception) -> list[str]:
         """Describe who keeps the store, which is lost: rank 0, or torchrun, which is none of the ranks.
@@ -228,7 +238,7 @@ class Pulse:
             error: TimeoutError where the store hangs; ConnectionError where it ended, and rank 0 is about to.
         """
         keeper = self._places[0]
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or self._rank == 0:
+        if _agent_keeps_store() or self._rank == 0:
             return []
         if isinstance(error, TimeoutError) and not keeper.has_ended:
             keeper.end()

@@ -126,6 +126,21 @@ def test_a_rank_that_said_farewell_is_told_at_once(sleepers: list[subprocess.Pop
     assert time.monotonic() - started < 1
 
 
+def test_who_keeps_the_store_ends_after_those_that_notice_late(
+    monkeypatch: pytest.MonkeyPatch, sleepers: list[subprocess.Popen[bytes]]
+) -> None:
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    store, places = new_store(), four_places(sleepers)
+    Pulse(store, places, 3, 10.0).leave()
+    with ThreadPoolExecutor() as pool:
+        keeper = pool.submit(Pulse(store, places, 0, 10.0).find_lost, False)
+        assert found_by(store, places, 1) == [[f"{far(3)}, which has ended"]]
+        time.sleep(0.5)
+        assert not keeper.done(), "rank 2 has yet to notice"
+        assert found_by(store, places, 2) == [[f"{far(3)}, which has ended"]]
+        assert keeper.result(1) == [f"{far(3)}, which has ended"]
+
+
 def test_a_silent_rank_of_another_computer_is_named_and_left_alone(sleepers: list[subprocess.Popen[bytes]]) -> None:
     for found in found_by(new_store(), four_places(sleepers), 0, 1, 2):
         assert found == [f"{far(3)}, of which nothing is heard"]
