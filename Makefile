@@ -33,8 +33,9 @@ install: $(READY)
 quickstart: $(READY)
 	$(BIN)/beit3 quickstart --resume
 
+# Two at a time: many tests wait for processes of their own. Files stay together, and with them what they prepare once.
 test: $(PEERS)
-	$(BIN)/python -m pytest -m "not slow and not gpu" tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu" tests
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow tests --ignore tests/faults
