@@ -111,6 +111,7 @@ def fork(work: Callable[[], object], mark: Path) -> int:
     process = os.fork()
     if process:
         return process
+    os.setpgid(0, 0)  # else the system wakes what stops when the shell of this session ends
     try:
         found: object = work()
     except BaseException as error:
