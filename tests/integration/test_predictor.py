@@ -206,7 +206,12 @@ def test_everything_is_saved_and_loaded(
     loaded = beit3.load(tmp_path / "model", device="cpu")
     assert loaded.labels == ["yes", "no", "blue"]
     assert loaded.preprocess == predictor.preprocess
+    weights = loaded.model.state_dict()
+    assert weights.keys() == predictor.model.state_dict().keys()
+    for name, weight in predictor.model.state_dict().items():
+        assert torch.equal(weights[name], weight), name
     expected = predictor.answer(pictures[0], "is it?")
+    # The same weights elsewhere in memory: products may round otherwise.
     found = loaded.answer(str(_save(pictures[0], tmp_path)), "is it?")
     assert [text for text, _ in found] == [text for text, _ in expected]
     assert [score for _, score in found] == pytest.approx([score for _, score in expected], rel=1e-5)
